@@ -1,0 +1,131 @@
+"""Checkpoints that are whole or absent: written aside, synced, then made visible by one rename.
+
+A checkpoint is a directory that `from_pretrained` loads as it is (weights, configuration,
+tokenizer), with the state that the next step depends on and a manifest of sizes and checksums.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STATE = "training_state.pt"
+MANIFEST = "manifest.json"
+
+
+def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model so that `directory` appears whole or not at all."""
+
+    def write(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+    _write_directory(directory, write)
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint-<step> into `run_dir` and remove all but the newest `keep` checkpoints.
+
+    state: whatever `torch.load(weights_only=True)` can read back: tensors, numbers, containers.
+    """
+    directory = run_dir / f"checkpoint-{step}"
+
+    def write(unfinished: Path) -> None:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        torch.save(state, unfinished / STATE)
+
+    _write_directory(directory, write)
+    for old in checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old)
+    return directory
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    steps = {
+        int(number): path
+        for path in run_dir.glob("checkpoint-*")
+        if (number := path.name.removeprefix("checkpoint-")).isdigit()
+    }
+    return [steps[number] for number in sorted(steps, reverse=True)]
+
+
+def newest_valid_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose every file is as it was written; damaged ones are named."""
+    for directory in checkpoints(run_dir):
+        if (fault := find_fault(directory)) is None:
+            return directory
+        print(f"warning: {directory} is damaged ({fault}) and left aside", file=sys.stderr)
+    return None
+
+
+def load_state(directory: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` was given. Tensors come back on the CPU."""
+    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+
+
+def find_fault(directory: Path) -> str | None:
+    """What is wrong with a checkpoint: a file missing, shorter or changed; None if it is whole."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+            if _checksum(path) != expected["sha256"]:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None if STATE in manifest else f"{STATE} is missing"
+
+
+def _write_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    unfinished = directory.with_name(f".unfinished-{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write(unfinished)
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    manifest = {
+        str(path.relative_to(unfinished)): {
+            "size": path.stat().st_size, "sha256": _checksum(path)
+        }
+        for path in files
+    }
+    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    # A rename survives a power cut only after what it makes visible: contents first, names after.
+    for path in [*files, unfinished / MANIFEST, unfinished]:
+        _sync(path)
+    if directory.exists():  # the same step again, after a resume: the same content
+        shutil.rmtree(directory)
+    os.rename(unfinished, directory)
+    _sync(directory.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

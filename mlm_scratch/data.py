@@ -1,0 +1,306 @@
+"""Any source of text -> rows of token ids in memory-mapped files.
+
+    documents    a Hub data set, files or the bundled corpus: one string per row of it
+    tokenizer    the ids of each document, special tokens included
+    grouping     "blocks": one long stream, cut every block_size ids;
+                 "lines": one document per row, cut at block_size
+
+The ids go to a flat file as they come, in the smallest integer type that holds the vocabulary, so
+memory stays flat however long the text is. The finished directory is kept under a key of content,
+tokenizer and settings; the next run with the same three starts at once.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerBase
+
+from mlm_scratch import corpus
+from mlm_scratch.errors import UserError
+from mlm_scratch.progress import progress_bar
+from mlm_scratch.recipes import BUNDLED, TrainConfig
+
+TEXTS_PER_BATCH = 1000  # given to the tokenizer at once; it spreads them over the cores
+FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
+              ".parquet": "parquet"}
+
+
+# ---- Documents: one string each ------------------------------------------------------------------
+
+
+@dataclass
+class Documents:
+    """The text column of a data set, one string per row, read when it is asked for."""
+
+    rows: datasets.Dataset
+    column: str
+    source: str
+
+    def __post_init__(self) -> None:
+        names = self.rows.column_names
+        # A flattened data set has a column that is itself called "answers.text".
+        self.path = [self.column] if self.column in names else self.column.split(".")
+        if self.path[0] not in names:
+            raise UserError(
+                f"{self.source} has no column {self.column!r}; it has {', '.join(names)}: name one "
+                "with --text-column"
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self.rows.select_columns(self.path[0]):
+            text = self._pick(row, self.path)
+            if "\0" in text:
+                raise UserError(f"{self.source} is not text: it holds NUL characters")
+            yield text
+
+    def _pick(self, value: Any, path: list[str]) -> str:
+        """Follow the dotted path. Lists may stand anywhere on it: {"text": [...]} as older versions
+        of `datasets` store answers, or [{"text": ...}, ...] as newer ones do."""
+        if isinstance(value, list):
+            return " ".join(self._pick(item, path) for item in value)
+        if value is None:
+            return ""
+        if path:
+            if not isinstance(value, dict) or path[0] not in value:
+                raise UserError(
+                    f"{self.source} has no column {self.column!r}: there is no {path[0]!r} inside"
+                )
+            return self._pick(value[path[0]], path[1:])
+        if isinstance(value, str):
+            return value
+        raise UserError(
+            f"column {self.column!r} of {self.source} holds {type(value).__name__}, not text: name "
+            "another --text-column"
+        )
+
+
+def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
+    """Load the training text and the text to evaluate on (None without evaluation).
+
+    Raises UserError for what cannot be found, read or split.
+    """
+    if config.train_file:
+        rows, source = _load_files(config.train_file, config.split), config.train_file[0]
+    elif config.dataset == BUNDLED:
+        rows, source = datasets.Dataset.from_list(list(corpus.rows())), "the bundled corpus"
+    else:
+        source = f"data set {config.dataset}"
+        rows = _load(source, config.dataset, config.dataset_config, split=config.split)
+    if len(rows) == 0:
+        raise UserError(f"{source} is empty: there is nothing to train on")
+
+    if config.eval_file:
+        held_out = _load_files(config.eval_file, "train")
+        evaluation = Documents(held_out, config.text_column, config.eval_file[0])
+        return Documents(rows, config.text_column, source), evaluation
+    if config.eval_fraction == 0:
+        return Documents(rows, config.text_column, source), None
+    if len(rows) < 2:
+        raise UserError(
+            f"{source} has one document, so none can be held out: use --eval-fraction 0 or "
+            "--eval-file"
+        )
+    test_size = max(1, int(len(rows) * config.eval_fraction))
+    parts = rows.train_test_split(test_size=test_size, seed=config.seed)
+    return (
+        Documents(parts["train"], config.text_column, source),
+        Documents(parts["test"], config.text_column, f"the held-out part of {source}"),
+    )
+
+
+def _load_files(paths: tuple[str, ...], split: str) -> datasets.Dataset:
+    kinds = set()
+    for path in map(Path, paths):
+        suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+        if suffix not in FILE_KINDS:
+            raise UserError(f"{path}: unknown kind of file; use {', '.join(FILE_KINDS)} (or .gz)")
+        if not path.is_file():
+            raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty")
+        kinds.add(FILE_KINDS[suffix])
+    if len(kinds) > 1:
+        raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
+    return _load(paths[0], kinds.pop(), data_files=list(map(str, paths)), split=split)
+
+
+def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except (
+        datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError
+    ) as error:
+        while error.__cause__ is not None:  # datasets wraps the parser's own error
+            error = error.__cause__
+        raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
+
+
+# ---- Rows of token ids ---------------------------------------------------------------------------
+
+
+@dataclass
+class TokenRows:
+    """Rows of token ids, on disk: row i is tokens[starts[i] : starts[i + 1]].
+
+    tokens: (total,) ids, memory-mapped. starts: (rows + 1,) int64.
+    word_starts: (total,) bool, true where the text has a gap before the token; only with whole
+    words.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    word_starts: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+
+def prepare_rows(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> TokenRows:
+    """Tokenize and group `documents`, or find them already prepared.
+
+    Raises UserError if there is not enough text for one row.
+    """
+    directory = cache_dir() / _cache_key(documents, tokenizer, config)
+    if not directory.exists():
+        _write_rows(directory, documents, tokenizer, config)
+    rows = _open_rows(directory, config)
+    if len(rows) == 0:
+        raise UserError(
+            f"{documents.source} gives {len(rows.tokens)} tokens, too few for one row of "
+            f"{config.block_size}: use more text, a smaller --block-size or --grouping lines"
+        )
+    return rows
+
+
+def cache_dir() -> Path:
+    """Where prepared rows are kept: $MLM_SCRATCH_CACHE or ~/.cache/mlm_scratch. Safe to delete."""
+    return Path(os.environ.get("MLM_SCRATCH_CACHE") or Path.home() / ".cache" / "mlm_scratch")
+
+
+def _cache_key(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> str:
+    """A digest of all that decides what the files contain."""
+    digest = hashlib.sha256()
+    settings = {
+        "block_size": config.block_size if config.grouping == "lines" else None,
+        "grouping": config.grouping,
+        "whole_word": config.whole_word,
+        "vocabulary": len(tokenizer),
+    }
+    digest.update(json.dumps(settings).encode())
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # what the last call set is no part of it
+        tokenizer.backend_tokenizer.no_padding()
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    else:
+        digest.update(json.dumps([repr(tokenizer), sorted(tokenizer.get_vocab().items())]).encode())
+    for text in documents:
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps documents apart
+    return digest.hexdigest()[:32]
+
+
+def _write_rows(
+    directory: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> None:
+    """Write the files of `directory`, which appears whole or not at all."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=directory.parent))
+    except OSError as error:
+        raise UserError(f"cannot write prepared text below {directory.parent}: {error}") from error
+    try:
+        largest_id = max(tokenizer.get_vocab().values())
+        dtype = np.uint16 if largest_id < 2**16 else np.uint32
+        total = 0
+        with (
+            open(unfinished / "tokens.bin", "wb") as tokens_file,
+            open(unfinished / "starts.bin", "wb") as starts_file,
+            open(unfinished / "word_starts.bin", "wb") as words_file,
+        ):
+            for ids, word_starts in tokenize(documents, tokenizer, config):
+                tokens_file.write(np.array(ids, dtype=dtype).tobytes())
+                words_file.write(np.array(word_starts, dtype=bool).tobytes())
+                starts_file.write(np.int64(total).tobytes())
+                total += len(ids)
+            starts_file.write(np.int64(total).tobytes())
+        meta = {"dtype": np.dtype(dtype).name, "tokens": total, "documents": len(documents)}
+        (unfinished / "meta.json").write_text(json.dumps(meta))
+        os.rename(unfinished, directory)
+    except OSError:
+        if not directory.exists():  # else another run has just finished the same directory
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def tokenize(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield (ids, word_starts) of each document, special tokens included, with a progress bar.
+
+    word_starts is empty unless config.whole_word. With grouping "lines" a document is cut at
+    block_size and one without text is left out; in a stream it leaves its special tokens, as in
+    the reference.
+    """
+    lines, whole_word = config.grouping == "lines", config.whole_word
+    texts = iter(progress_bar(documents, desc="tokenizing", unit=" documents", leave=False))
+    if lines:
+        texts = (text for text in texts if text.strip())
+    while batch := list(itertools.islice(texts, TEXTS_PER_BATCH)):
+        encoding = tokenizer(
+            batch,
+            truncation=lines,
+            max_length=config.block_size if lines else None,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=whole_word,
+            verbose=False,  # no warning about documents over the model's limit: they are cut here
+        )
+        for document, ids in enumerate(encoding["input_ids"]):
+            yield ids, _word_starts(encoding["offset_mapping"][document] if whole_word else [])
+
+
+def _word_starts(spans: list[tuple[int, int]]) -> list[bool]:
+    """For each token, whether its span of characters does not touch the one before."""
+    ends = [-1, *(end for _, end in spans)][: len(spans)]
+    return [start != end for (start, _), end in zip(spans, ends, strict=True)]
+
+
+def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
+    meta = json.loads((directory / "meta.json").read_text())
+    total = meta["tokens"]
+
+    def open_flat(name: str, dtype: Any, length: int) -> np.ndarray:
+        if length == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(directory / name, dtype=dtype, mode="r", shape=(length,))
+
+    if config.grouping == "lines":
+        documents = (directory / "starts.bin").stat().st_size // 8
+        starts = open_flat("starts.bin", np.int64, documents)  # (rows + 1,)
+    else:
+        rows = total // config.block_size  # what is left over is shorter than a block: dropped
+        starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)
+    return TokenRows(
+        tokens=open_flat("tokens.bin", meta["dtype"], total),
+        starts=starts,
+        word_starts=open_flat("word_starts.bin", bool, total) if config.whole_word else None,
+    )

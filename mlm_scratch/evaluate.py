@@ -1,0 +1,68 @@
+"""Loss, perplexity and accuracy on held-out text, with the same masks every time.
+
+The reference draws new masks for each evaluation and averages over batches, so its curve moves by
+itself. Here one seed fixes the masks and every masked token counts the same.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from mlm_scratch.data import TokenRows
+from mlm_scratch.loader import Collator
+from mlm_scratch.masking import IGNORE
+from mlm_scratch.model import masked_lm_logits
+from mlm_scratch.precision import Precision
+from mlm_scratch.progress import progress_bar
+from mlm_scratch.recipes import TrainConfig
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: TokenRows,
+    config: TrainConfig,
+    precision: Precision,
+) -> dict[str, float]:
+    """Predict the masked tokens of all rows.
+
+    Training is left as it was: train or eval mode, and every random state (the masks come from a
+    generator of their own, and nothing else is random without dropout).
+
+    Returns: eval_loss (nats, mean over all masked tokens), perplexity (e to that power) and
+    eval_accuracy (share of masked tokens whose best guess is right).
+    """
+    collator = Collator(tokenizer, config)  # a new generator with the same seed: the same masks
+    device = precision.device
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # on the device until the end
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    n_masked = 0
+    was_training = model.training
+    model.eval()
+    try:
+        starts = range(0, len(rows), config.eval_batch_size)
+        for start in progress_bar(starts, desc="evaluating", unit=" batches", leave=False):
+            stop = min(start + config.eval_batch_size, len(rows))
+            batch = collator(rows, np.arange(start, stop)).to(device)
+            n_masked += len(batch.positions)
+            with precision.autocast():
+                logits, labels = masked_lm_logits(  # (N, V), (N,)
+                    model, **batch._asdict(), dense=config.dense_head
+                )
+            logits = logits.float()
+            loss_sum += cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+            correct += (logits.argmax(dim=1) == labels).sum()
+    finally:
+        model.train(was_training)
+    loss = loss_sum.item() / max(n_masked, 1)
+    return {
+        "eval_loss": loss,
+        "perplexity": math.exp(min(loss, 700)),  # e^710 is over the largest float
+        "eval_accuracy": correct.item() / max(n_masked, 1),
+    }
+

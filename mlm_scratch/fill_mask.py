@@ -1,0 +1,173 @@
+"""Top-k fills of masked tokens, by hand: what `pipeline("fill-mask")` does and returns.
+
+    text -> ids -> one forward pass -> the logits at the mask -> softmax -> the k best -> sentences
+
+`fill_mask` returns exactly what the pipeline returns, scores included; `walk_through` shows every
+value on the way, as the second half of the tutorial does.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm_scratch.errors import UserError
+from mlm_scratch.model import longest_input
+
+MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
+
+
+def fill_mask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | list[str],
+    *,
+    top_k: int = 5,
+    targets: str | list[str] | None = None,
+) -> list:
+    """Fill the masked tokens of one or several texts, each mask by itself.
+
+    Args:
+        model: a masked-LM, on any device; run in eval mode and left in the mode it was in.
+        texts: text with one or more of the tokenizer's mask tokens, or a list of such.
+        top_k: fills per mask, the most probable first; no more than there are targets.
+        targets: consider these tokens only. Their scores stay shares of the whole vocabulary.
+
+    Returns:
+        for a text with one mask: a list of {"score", "token", "token_str", "sequence"}; with
+        several masks: a list of such lists, one per mask; for several texts: a list of all that.
+        A list of one text gives what the text alone gives.
+
+    Raises:
+        UserError: a text without a mask or too long for the model; top_k out of range; no usable
+            target.
+
+    Source: FillMaskPipeline of transformers, whose output this equals.
+    """
+    if top_k < 1 or (targets is None and top_k > model.config.vocab_size):
+        raise UserError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
+    target_ids = None if targets is None else find_target_ids(tokenizer, targets)
+    texts = [texts] if isinstance(texts, str) else texts
+    fills = [_fill_one(model, tokenizer, text, top_k, target_ids) for text in texts]
+    return fills[0] if len(fills) == 1 else fills
+
+
+def _fill_one(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    top_k: int,
+    target_ids: Tensor | None,
+) -> list:
+    input_ids, mask_index, probabilities = predict(model, tokenizer, text)  # (T,), (M,), (M, V)
+    if target_ids is not None:
+        probabilities = probabilities[:, target_ids]  # (M, targets), not renormalised
+        top_k = min(top_k, len(target_ids))
+    scores, choices = probabilities.topk(top_k)  # (M, k), (M, k)
+    tokens = choices if target_ids is None else target_ids[choices]  # (M, k)
+
+    one_mask = len(mask_index) == 1
+    fills = []
+    for index, mask_scores, mask_tokens in zip(
+        mask_index.tolist(), scores.tolist(), tokens.tolist(), strict=True
+    ):
+        row = []
+        for score, token in zip(mask_scores, mask_tokens, strict=True):
+            filled = input_ids.clone()  # (T,)
+            filled[index] = token
+            if tokenizer.pad_token_id is not None:
+                filled = filled[filled != tokenizer.pad_token_id]
+            # With several masks the others are still there, and are special tokens too.
+            sequence = tokenizer.decode(filled, skip_special_tokens=one_mask)
+            row.append({
+                "score": score,
+                "token": token,
+                "token_str": tokenizer.decode([token]),
+                "sequence": sequence,
+            })
+        fills.append(row)
+    return fills[0] if one_mask else fills
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass over a text: its ids (T,), where its M masks are (M,), and the probability
+    of every token of the vocabulary at each of them (M, V). All on the CPU.
+
+    Raises UserError for a text without a mask, or too long.
+    """
+    inputs = tokenizer(text, return_tensors="pt", verbose=False)
+    input_ids = inputs["input_ids"][0]  # (T,)
+    mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
+    if len(mask_index) == 0:
+        raise UserError(f"no {tokenizer.mask_token} in the text {_shortened(text)}: mark the gap")
+    limit = longest_input(tokenizer, model)
+    if len(input_ids) > limit:
+        raise UserError(
+            f"the text {_shortened(text)} has {len(input_ids)} tokens, the model takes {limit}: "
+            "shorten it"
+        )
+    was_training = model.training
+    model.eval()  # no dropout
+    try:
+        logits = model(**inputs.to(model.device)).logits[0].cpu()  # (T, V)
+    finally:
+        model.train(was_training)
+    return input_ids, mask_index, logits[mask_index].softmax(dim=-1)  # (T,), (M,), (M, V)
+
+
+def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
+    """The ids of the targets. One that is not in the vocabulary stands for its first piece, with a
+    warning: with a byte-level BPE, words inside a sentence are written with a leading space.
+
+    Raises UserError if no target is left.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target in vocabulary:
+            ids.append(vocabulary[target])
+            continue
+        pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
+        if pieces:
+            ids.append(pieces[0])
+            instead = f"taking {tokenizer.convert_ids_to_tokens(pieces[0])!r} instead"
+        else:
+            instead = "leaving it out"
+        print(f"warning: target {target!r} is not in the vocabulary, {instead}", file=sys.stderr)
+    if not ids:
+        raise UserError("none of the targets gives a token of the vocabulary")
+    return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties
+
+
+def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Write every <mask> and [MASK] in `text` the way this tokenizer does."""
+    return MASK_SPELLINGS.sub(lambda match: tokenizer.mask_token, text)
+
+
+def walk_through(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int = 5
+) -> Iterable[str]:
+    """Yield the lines of the same computation step by step, with the values on the way."""
+    input_ids, mask_index, probabilities = predict(model, tokenizer, text)  # (T,), (M,), (M, V)
+    yield f"input_ids   {input_ids.tolist()}"
+    yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids)}"
+    yield f"mask index  {mask_index.tolist()}"
+    yield f"logits      {tuple(probabilities.shape)} at the mask: one score per vocabulary entry"
+    for index, row in zip(mask_index.tolist(), probabilities, strict=True):
+        scores, tokens = row.topk(top_k)  # (k,), (k,)
+        yield f"top {top_k} at {index}  {tokens.tolist()}"
+        for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
+            filled = input_ids.clone()  # (T,)
+            filled[index] = token
+            yield f"  {score:.4f}  {tokenizer.decode(filled, skip_special_tokens=True)}"
+
+
+def _shortened(text: Any) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

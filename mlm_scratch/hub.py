@@ -1,0 +1,74 @@
+"""Whether the tutorial's model and data can be had: from the Hub, or from what is cached.
+
+Asking must not take long where there is no network. The clients of the Hub would try for a minute
+and a half; here one request has a few seconds, and after that they are told to stay offline.
+"""
+
+import os
+import threading
+
+from mlm_scratch.recipes import TUTORIAL
+
+TIMEOUT = 3.0  # seconds
+
+
+def can_load_tutorial() -> tuple[bool, str]:
+    """Whether the recipe `tutorial` can run, and how that is known."""
+    if hub_answers(TUTORIAL.model):
+        return True, "the Hugging Face Hub answers"
+    go_offline()
+    if everything_is_cached():
+        return True, "the Hub does not answer, but its model and data are cached"
+    return False, "no download needed; the Hub does not answer and the tutorial is not cached"
+
+
+def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
+    """Whether the Hub, or what HF_ENDPOINT names, knows this model within `timeout` seconds."""
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode():
+        return False
+    answers = []
+
+    def ask() -> None:
+        try:
+            answers.append(HfApi().model_info(model, timeout=timeout))
+        except Exception:  # no route, an error page of a proxy, an unknown model: all are a no
+            return
+
+    # A name look-up can hang, and no timeout of a client covers it: leave the thread behind then.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(answers)
+
+
+def go_offline() -> None:
+    """From here on this process and its children do not ask the Hub.
+
+    Call before `datasets` is imported, which reads the environment then.
+    """
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+
+
+def everything_is_cached() -> bool:
+    """Whether the tutorial's tokenizer, weights and prepared data set load without the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> bool:  # neither unknown nor known not to exist
+        return isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)
+
+    # Without its vocabulary file a tokenizer loads all the same, and knows no words.
+    vocabulary = cached("tokenizer.json") or (cached("vocab.json") and cached("merges.txt"))
+    if not (cached("config.json") and cached("model.safetensors") and vocabulary):
+        return False
+    from datasets import load_dataset
+
+    try:
+        load_dataset(TUTORIAL.dataset, TUTORIAL.dataset_config, split=TUTORIAL.split)
+    except (OSError, ValueError):
+        return False
+    return True

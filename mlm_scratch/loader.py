@@ -1,0 +1,150 @@
+"""Epoch order, batches, padding, masking, hand-over to the device, position for resume.
+
+The optimizer step is the unit here: all rows of a step (batch_size x accumulate) are padded and
+masked in one go and only then split into micro-batches. So 32 x 1 and 8 x 4 see the same masks, and
+the number of masked tokens of the whole step is known before its first backward pass.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mlm_scratch.data import TokenRows
+from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_starts
+from mlm_scratch.recipes import TrainConfig
+
+
+class Batch(NamedTuple):
+    """What one forward pass needs.
+
+    positions: (N,) indices of the masked tokens in the flattened (B * T,) batch. They are found on
+    the CPU, with the masks: how many there are decides the shapes that follow, and asking the GPU
+    for a number makes the CPU wait until it has computed everything before.
+    """
+
+    input_ids: Tensor  # (B, T) int64, as the model sees them
+    attention_mask: Tensor  # (B, T) int64, 1 at tokens, 0 at padding
+    labels: Tensor  # (B, T) int64, the id to predict, -100 where there is none
+    positions: Tensor  # (N,) int64
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`. From pinned memory the copies do not stop the CPU."""
+        if device.type == "cuda":
+            return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
+        return self
+
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """Cut into batches of `rows` rows (the last may be shorter)."""
+        for input_ids, attention_mask, labels in zip(
+            *(tensor.split(rows) for tensor in self[:3]), strict=True
+        ):
+            yield Batch(input_ids, attention_mask, labels, masked_positions(labels))
+
+
+def masked_positions(labels: Tensor) -> Tensor:
+    """(B, T) labels -> (N,) indices of the tokens to predict, in the flattened batch."""
+    return (labels.flatten() != IGNORE).nonzero().squeeze(1)
+
+
+class Collator:
+    """Rows of token ids -> one padded and masked Batch, on the CPU.
+
+    Owns the generator that all masks of a run are drawn from.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig):
+        self.pad_token_id = tokenizer.pad_token_id or 0  # without one, rows are never padded
+        self.special_ids = torch.tensor(tokenizer.all_special_ids)  # (S,)
+        self.masking: dict[str, Any] = {
+            "mask_token_id": tokenizer.mask_token_id,
+            "vocab_size": len(tokenizer),
+            "mlm_probability": config.mlm_probability,
+            "mask_replace_prob": config.mask_replace_prob,
+            "random_replace_prob": config.random_replace_prob,
+            "generator": torch.Generator().manual_seed(config.seed),
+        }
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of the masks; its state belongs to the position of a run."""
+        return self.masking["generator"]
+
+    def __call__(self, rows: TokenRows, indices: np.ndarray) -> Batch:
+        """Pad rows[indices] to their longest (B, T), and mask."""
+        starts, lengths = rows.starts[indices], np.diff(rows.starts)[indices]  # (B,)
+        columns = np.arange(lengths.max())  # (T,)
+        is_token = columns < lengths[:, None]  # (B, T)
+        source = np.where(is_token, starts[:, None] + columns, 0)  # (B, T) where each token lies
+        input_ids = np.where(is_token, rows.tokens[source], self.pad_token_id)  # (B, T)
+
+        input_ids = torch.from_numpy(input_ids.astype(np.int64))  # (B, T)
+        attention_mask = torch.from_numpy(is_token.astype(np.int64))  # (B, T)
+        # What tokenizer.get_special_tokens_mask answers row by row, for the whole batch at once
+        special = torch.isin(input_ids, self.special_ids) | (attention_mask == 0)  # (B, T)
+        word_ids = None
+        if rows.word_starts is not None:
+            starts_word = torch.from_numpy(rows.word_starts[source])  # (B, T)
+            word_ids = word_ids_from_starts(starts_word, special)  # (B, T)
+        input_ids, labels = mask_tokens(input_ids, special, word_ids=word_ids, **self.masking)
+        return Batch(input_ids, attention_mask, labels, masked_positions(labels))
+
+
+@dataclass
+class Step:
+    """The data of one optimizer step."""
+
+    batches: list[Batch]  # micro-batches, on the device
+    n_masked: int  # tokens to predict in all of them
+    n_tokens: int  # tokens without padding in all of them
+
+
+class Loader:
+    """All optimizer steps of a run, in order: step s is the (s % steps_per_epoch)-th of its epoch.
+
+    The position of a run is the number of the next step and the state of the mask generator.
+    """
+
+    def __init__(
+        self, rows: TokenRows, collator: Collator, config: TrainConfig, device: torch.device
+    ):
+        self.rows, self.collator, self.device = rows, collator, device
+        self.batch_size, self.seed = config.batch_size, config.seed
+        self.rows_per_step = config.batch_size * config.accumulate
+        self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        """Yield the steps first ... last - 1."""
+        order = None
+        for step in range(first, last):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if step_of_epoch == 0:
+                # Here torch's DataLoader draws the base seed of its workers. Drawing it as well
+                # keeps dropout in step with the reference.
+                torch.empty((), dtype=torch.int64).random_()
+            if step_of_epoch == 0 or order is None:
+                order = epoch_order(len(self.rows), self.seed, epoch)  # (rows,)
+            start = step_of_epoch * self.rows_per_step
+            yield self._step(order[start : start + self.rows_per_step])
+
+    def _step(self, indices: np.ndarray) -> Step:
+        batch = self.collator(self.rows, indices)
+        return Step(
+            batches=[part.to(self.device) for part in batch.split(self.batch_size)],
+            n_masked=len(batch.positions),
+            n_tokens=int(batch.attention_mask.sum()),
+        )
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) the rows in the order of this epoch: a permutation that seed and epoch alone decide.
+
+    Source: the order of Trainer's sampler, accelerate's SeedableRandomSampler.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(n, generator=generator).numpy()

@@ -1,0 +1,95 @@
+"""Where a run lives: names that never collide, run.json, and runs/latest."""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlm_scratch.errors import UserError
+from mlm_scratch.recipes import TrainConfig
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+RUN_JSON = "run.json"
+
+# What a resumed run may do otherwise than it began; anything else would make it another run.
+MAY_CHANGE = {
+    "epochs", "max_steps", "log_every", "save_every", "keep", "eval_every", "eval_batch_size",
+    "device", "precision", "compile", "output_dir",
+}
+
+
+def new_run_dir(config: TrainConfig) -> Path:
+    """A directory for a new run, not made yet: --output-dir or the next free runs/<recipe>-N.
+
+    Raises UserError where --output-dir holds a run or is not a directory.
+    """
+    if config.output_dir is not None:
+        run_dir = Path(config.output_dir)
+        if (run_dir / RUN_JSON).exists():
+            raise UserError(
+                f"{run_dir} already holds a run: add --resume to go on with it, or name another "
+                "--output-dir"
+            )
+        if run_dir.exists() and not run_dir.is_dir():
+            raise UserError(f"--output-dir {run_dir} is not a directory")
+        return run_dir
+    run_dir, number = RUNS / config.recipe, 1
+    while run_dir.exists():
+        number += 1
+        run_dir = RUNS / f"{config.recipe}-{number}"
+    return run_dir
+
+
+def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in `output_dir` (None: the newest run), with `changes`.
+
+    Raises UserError if there is no run, or if a change would make it another run.
+    """
+    run_dir = Path(output_dir or LATEST).resolve() if output_dir is None else Path(output_dir)
+    try:
+        saved = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))["config"]
+        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"--resume: there is no run in {run_dir}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
+    for name, value in changes.items():
+        if name not in MAY_CHANGE and saved.get(name) != value:
+            raise UserError(
+                f"--resume: this run was begun with {name} {saved.get(name)!r}, not {value!r}; "
+                "begin a new run for that"
+            )
+    return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
+
+
+def write_run_json(config: TrainConfig, run_dir: Path) -> None:
+    """Make the run directory and note what the run was told and what it ran on."""
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+    content = {
+        "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()},
+    }
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = run_dir / f".{RUN_JSON}"
+        unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(unfinished, run_dir / RUN_JSON)
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
+
+
+def point_latest_to(run_dir: Path) -> None:
+    """Make runs/latest a link to this run."""
+    try:
+        RUNS.mkdir(exist_ok=True)
+        unfinished = RUNS / f".latest-{os.getpid()}"
+        unfinished.symlink_to(os.path.relpath(run_dir.resolve(), RUNS.resolve()))
+        os.replace(unfinished, LATEST)
+    except OSError as error:
+        print(f"warning: {LATEST} cannot be set: {error.strerror}", file=sys.stderr)

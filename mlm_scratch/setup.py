@@ -1,0 +1,162 @@
+"""What is built before the first step: text, model, optimizer, schedule, and the run in memory."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm_scratch.checkpoint import load_state
+from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
+from mlm_scratch.loader import Collator, Loader
+from mlm_scratch.model import MaskedLM, load_tokenizer_and_model, sparse_head_works
+from mlm_scratch.precision import Precision, choose_precision
+from mlm_scratch.recipes import TrainConfig
+
+
+@dataclass
+class Training:
+    """A run in memory: what its steps read and change."""
+
+    config: TrainConfig
+    precision: Precision
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    net: MaskedLM  # the model, with its head on masked positions only
+    loader: Loader
+    eval_rows: TokenRows | None
+    total_steps: int
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    loss_since_log: Tensor  # (), the losses of the steps since the last log, on the device
+    steps_done: int = 0
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: only at the end) is due now."""
+        return self.steps_done == self.total_steps or (every > 0 and self.steps_done % every == 0)
+
+    def take_mean_loss(self) -> float:
+        """The mean step loss since the last log. Here, once in a while, the CPU waits."""
+        loss = self.loss_since_log.item() / self.config.log_every
+        self.loss_since_log.zero_()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, besides the weights."""
+        device = self.precision.device
+        return {
+            "steps_done": self.steps_done,
+            "loss_since_log": self.loss_since_log,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "mask_generator": self.loader.collator.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the weights come with the model."""
+        device = self.precision.device
+        self.steps_done = state["steps_done"]
+        self.loss_since_log.copy_(state["loss_since_log"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.loader.collator.generator.set_state(state["mask_generator"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def prepare(config: TrainConfig, checkpoint: Path | None) -> Training:
+    """Load text and model and build all that the loop needs; with a checkpoint, as it was there."""
+    precision = choose_precision(config.device, config.precision)
+    documents, eval_documents = load_documents(config)
+    tokenizer, model = load_tokenizer_and_model(config, documents, checkpoint)
+    rows = prepare_rows(documents, tokenizer, config)
+    eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
+    _describe(documents, rows, eval_rows, model, config, precision)
+
+    net = MaskedLM(model.to(precision.device))
+    if not config.dense_head and not sparse_head_works(net):
+        print(f"{type(model).__name__}: the head cannot run on masked positions alone; running it "
+              "on all of them")
+        config = replace(config, dense_head=True)
+    if config.compile:
+        net.compile()
+    loader = Loader(rows, Collator(tokenizer, config), config, precision.device)
+    total_steps = config.max_steps or math.ceil(config.epochs * loader.steps_per_epoch)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+        fused=True,
+    )
+    t = Training(
+        config, precision, tokenizer, model, net, loader, eval_rows, total_steps, optimizer,
+        scheduler=LambdaLR(optimizer, linear_schedule(config.warmup_steps, total_steps)),
+        scaler=precision.grad_scaler(),
+        loss_since_log=torch.zeros((), device=precision.device),
+    )
+    torch.manual_seed(config.seed)  # dropout is drawn from here on
+    if checkpoint is not None:
+        t.load_state_dict(load_state(checkpoint))
+    return t
+
+
+def linear_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Learning rate as a share of the peak: up from 0 over the warm-up, then down to 0 again.
+
+    Source: get_linear_schedule_with_warmup of transformers.
+    """
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+
+    return share
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: weight decay pulls on matrices, never on biases and norms, whose
+    size says nothing about how complicated the model is.
+
+    Source: Trainer.get_decay_parameter_names.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    in_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    undecayed = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)")
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        spared = parameter in in_norms or undecayed.search(name.lower())
+        (no_decay if spared else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]
+
+
+def _describe(
+    documents: Documents,
+    rows: TokenRows,
+    eval_rows: TokenRows | None,
+    model: PreTrainedModel,
+    config: TrainConfig,
+    precision: Precision,
+) -> None:
+    held_out = f", {len(eval_rows):,} held out" if eval_rows else ""
+    print(
+        f"text: {len(documents):,} documents of {documents.source}, {len(rows.tokens):,} tokens in "
+        f"{len(rows):,} rows of up to {config.block_size}{held_out}"
+    )
+    print(
+        f"model: {type(model).__name__} ({config.model}, {config.init}), "
+        f"{model.num_parameters():,} parameters, on {precision}"
+    )

@@ -1,0 +1,23 @@
+"""What every test is kept from: the network, the user's caches, tokens in the environment."""
+
+import os
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it; tests of the Hub unset it
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Prepared text goes to a directory of this test run's own."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("MLM_SCRATCH_CACHE", str(base / "mlm_scratch"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", base / "datasets")
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))  # runs/ goes there
+
+
+def pytest_configure(config):
+    """Describe the markers that skip themselves."""
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+    config.addinivalue_line("markers", "hub: needs the real Hugging Face Hub")

@@ -1,0 +1,212 @@
+"""Sources of text, and the way from documents to rows of ids."""
+
+import csv
+import gzip
+import json
+from dataclasses import replace
+from itertools import chain, pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from mlm_scratch import data
+from mlm_scratch.data import Documents, load_documents, prepare_rows
+from mlm_scratch.errors import UserError
+from mlm_scratch.recipes import resolve
+from tests.tiny import SENTENCES, byte_level_tokenizer
+
+TOKENIZER = byte_level_tokenizer()
+
+
+def config(*files, **settings):
+    settings = {"eval_fraction": 0.0} | settings
+    return resolve("tutorial", {"train_file": tuple(map(str, files)), **settings})
+
+
+def write_text(path, texts=SENTENCES):
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+
+def write_gz(path):
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps({"text": text}) for text in SENTENCES))
+
+
+def write_jsonl(path):
+    path.write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES), encoding="utf-8")
+
+
+def write_csv(path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([["number", "text"], *enumerate(SENTENCES)])
+
+
+def write_parquet(path):
+    pyarrow.parquet.write_table(pa.table({"text": SENTENCES}), path)
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.txt", write_text), ("a.jsonl", write_jsonl), ("a.jsonl.gz", write_gz),
+    ("a.csv", write_csv), ("a.parquet", write_parquet),
+])  # fmt: skip
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, name, write):
+    write(tmp_path / name)
+    documents, evaluation = load_documents(config(tmp_path / name))
+    assert list(documents) == SENTENCES
+    assert evaluation is None
+
+
+def test_several_files_and_a_slice(tmp_path):
+    write_text(tmp_path / "a.txt")
+    write_text(tmp_path / "b.txt", ["one more"])
+    files = (tmp_path / "a.txt", tmp_path / "b.txt")
+    assert list(load_documents(config(*files))[0]) == [*SENTENCES, "one more"]
+    assert list(load_documents(config(*files, split="train[5:]"))[0]) == [SENTENCES[5], "one more"]
+
+
+ANSWERS = [["first", "second"], [], ["third"]]
+
+
+@pytest.mark.parametrize("rows, column", [
+    ([{"answers": {"text": texts}} for texts in ANSWERS], "answers.text"),
+    ([{"answers": [{"text": text} for text in texts]} for texts in ANSWERS], "answers.text"),
+    ([{"answers.text": texts} for texts in ANSWERS], "answers.text"),
+    ([{"answers": texts} for texts in ANSWERS], "answers"),
+], ids=["struct of lists", "list of structs", "flattened", "list"])  # fmt: skip
+def test_both_schemas_of_answers(tmp_path, rows, column):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    documents, _ = load_documents(config(path, text_column=column))
+    assert list(documents) == ["first second", "", "third"]
+
+
+def test_blocks_are_the_concatenated_documents_cut_every_block_size(tmp_path):
+    write_text(tmp_path / "a.txt")
+    settings = config(tmp_path / "a.txt", block_size=8)
+    rows = prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
+    stream = list(chain.from_iterable(TOKENIZER(SENTENCES)["input_ids"]))
+    blocks = [stream[i : i + 8] for i in range(0, len(stream) - 7, 8)]
+    assert [rows.tokens[a:b].tolist() for a, b in pairwise(rows.starts)] == blocks
+
+
+def test_lines_are_one_document_each_cut_at_block_size(tmp_path):
+    write_text(tmp_path / "a.txt", ["Water boils.", "", "  ", SENTENCES[5]])
+    settings = config(tmp_path / "a.txt", block_size=16, grouping="lines")
+    rows = prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
+    expected = TOKENIZER(["Water boils.", SENTENCES[5]], truncation=True, max_length=16)
+    got = [rows.tokens[a:b].tolist() for a, b in pairwise(rows.starts)]
+    assert got == expected["input_ids"]
+    assert len(got[1]) == 16 and got[1][-1] == TOKENIZER.eos_token_id
+
+
+def test_rows_lie_in_mapped_files_and_are_found_again(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.txt", [*SENTENCES, "found again"])
+    settings = config(tmp_path / "a.txt", block_size=8, whole_word=True)
+    documents, _ = load_documents(settings)
+    rows = prepare_rows(documents, TOKENIZER, settings)
+    assert isinstance(rows.tokens, np.memmap) and rows.tokens.dtype == np.uint16
+    assert len(rows.word_starts) == len(rows.tokens)
+
+    def never(*args):
+        raise AssertionError("tokenized twice")
+
+    monkeypatch.setattr(data, "tokenize", never)
+    again = prepare_rows(documents, TOKENIZER, settings)
+    assert np.array_equal(again.tokens, rows.tokens)
+    # Another block size cuts the same stream; other words need another file.
+    assert len(prepare_rows(documents, TOKENIZER, replace(settings, block_size=16))) < len(rows)
+    with pytest.raises(AssertionError, match="tokenized twice"):
+        prepare_rows(documents, TOKENIZER, replace(settings, whole_word=False))
+
+
+def test_what_was_written_half_is_not_used(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.txt", [*SENTENCES, "half written"])
+    settings = config(tmp_path / "a.txt", block_size=8)
+    documents, _ = load_documents(settings)
+    tokenize = data.tokenize
+
+    def broken(*args):
+        yield from list(tokenize(*args))[:3]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "tokenize", broken)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_rows(documents, TOKENIZER, settings)
+    monkeypatch.setattr(data, "tokenize", tokenize)
+    rows = prepare_rows(documents, TOKENIZER, settings)
+    stream = list(chain.from_iterable(TOKENIZER(list(documents))["input_ids"]))
+    assert rows.tokens.tolist() == stream
+
+
+def test_the_held_out_part_is_the_same_for_a_seed_and_apart_from_the_rest(tmp_path):
+    texts = [f"text {i}" for i in range(50)]
+    write_text(tmp_path / "a.txt", texts)
+    train, held_out = load_documents(config(tmp_path / "a.txt", eval_fraction=0.2))
+    assert len(held_out) == 10 and sorted([*train, *held_out]) == sorted(texts)
+    again = load_documents(config(tmp_path / "a.txt", eval_fraction=0.2))[1]
+    other = load_documents(config(tmp_path / "a.txt", eval_fraction=0.2, seed=1))[1]
+    assert list(again) == list(held_out) != list(other)
+
+
+def test_evaluation_files_of_their_own(tmp_path):
+    write_text(tmp_path / "a.txt")
+    write_text(tmp_path / "b.txt", ["held out"])
+    settings = resolve("tutorial", {
+        "train_file": (str(tmp_path / "a.txt"),), "eval_file": (str(tmp_path / "b.txt"),)
+    })  # fmt: skip
+    train, held_out = load_documents(settings)
+    assert list(train) == SENTENCES and list(held_out) == ["held out"]
+
+
+def test_the_bundled_corpus_takes_the_same_way():
+    settings = resolve("bundled", {})
+    train, held_out = load_documents(settings)
+    assert train.column == "answers.text" and len(train) > len(held_out) > 0
+    assert any("Milky Way" in text for text in train)
+
+
+def broken_gz(path):
+    write_gz(path)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("name, write, message", [
+    ("missing.txt", lambda path: None, "no such file"),
+    ("dir.txt", lambda path: path.mkdir(), "a directory"),
+    ("empty.txt", lambda path: path.touch(), "the file is empty"),
+    ("a.docx", lambda path: path.touch(), "unknown kind of file"),
+    ("binary.txt", lambda path: path.write_bytes(bytes(range(256))), "UnicodeDecodeError"),
+    ("zeros.txt", lambda path: path.write_bytes(bytes(100)), "NUL"),
+    ("latin.txt", lambda path: path.write_bytes("café".encode("latin-1")), "UnicodeDecodeError"),
+    ("broken.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": '), "cannot load"),
+    ("no_column.csv", lambda path: path.write_text("a,b\n1,2\n"), "no column 'text'; it has a, b"),
+    ("number.csv", lambda path: path.write_text("text\n1\n"), "holds int, not text"),
+    ("headed.csv", lambda path: path.write_text("text\n"), "no data"),
+    ("not.parquet", lambda path: path.write_text("PAR1?"), "cannot load"),
+    ("short.jsonl.gz", broken_gz, "cannot load"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said(tmp_path, name, write, message):
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(UserError, match=message):
+        list(load_documents(config(path))[0])
+
+
+def test_too_little_text_is_said(tmp_path):
+    write_text(tmp_path / "a.txt", ["short"])
+    settings = config(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="too few for one row of 128"):
+        prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
+    with pytest.raises(UserError, match="none can be held out"):
+        load_documents(config(tmp_path / "a.txt", eval_fraction=0.5))
+
+
+def test_a_missing_inner_column_is_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"answers": {"text": ["a"]}}))
+    documents: Documents = load_documents(config(path, text_column="answers.body"))[0]
+    with pytest.raises(UserError, match=r"no column 'answers.body': there is no 'body' inside"):
+        list(documents)

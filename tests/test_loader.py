@@ -1,0 +1,132 @@
+"""Steps, batches and masks on rows of ids that can be followed by eye."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling
+
+from mlm_scratch.data import TokenRows
+from mlm_scratch.loader import Collator, Loader, epoch_order
+from mlm_scratch.masking import IGNORE
+from mlm_scratch.recipes import TUTORIAL
+from tests.tiny import byte_level_tokenizer
+
+CPU = torch.device("cpu")
+class ToyTokenizer:
+    """The few facts that the collator asks of a tokenizer: 0 <pad>, 1 <s>, 2 </s>, 3 <mask>."""
+
+    pad_token_id, mask_token_id, all_special_ids = 0, 3, [0, 1, 2, 3]
+
+    def __len__(self):
+        return 100
+
+
+def rows_of(*lengths):
+    """Rows 10 11 12 ..., 20 21 22 ..., ... of these lengths."""
+    tokens = [10 * row + i for row, length in enumerate(lengths, 1) for i in range(length)]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return TokenRows(np.array(tokens, np.uint16), starts)
+
+
+def loader(rows, **settings):
+    config = replace(TUTORIAL, **settings)
+    return Loader(rows, Collator(ToyTokenizer(), config), config, CPU)
+
+
+def originals(batch):
+    """The rows before masking."""
+    return torch.where(batch.labels == IGNORE, batch.input_ids, batch.labels)
+
+
+def test_rows_are_padded_to_the_longest_of_their_step():
+    step = next(loader(rows_of(3, 1, 5), batch_size=3).steps(0, 1))
+    (batch,) = step.batches
+    order = epoch_order(3, 42, 0)
+    expected = [[10, 11, 12, 0, 0], [20, 0, 0, 0, 0], [30, 31, 32, 33, 34]]
+    assert originals(batch).tolist() == [expected[row] for row in order]
+    assert batch.attention_mask.sum(1).tolist() == [(3, 1, 5)[row] for row in order]
+    assert (batch.labels[batch.attention_mask == 0] == IGNORE).all()
+    assert step.n_tokens == 9
+    assert step.n_masked == (batch.labels != IGNORE).sum() == len(batch.positions)
+    assert (batch.labels.flatten()[batch.positions] != IGNORE).all()
+
+
+def test_each_epoch_sees_every_row_once_in_a_new_order():
+    steps = list(loader(rows_of(*[2] * 7), batch_size=3).steps(0, 6))
+    seen = [originals(step.batches[0])[:, 0] for step in steps]
+    assert [len(rows) for rows in seen] == [3, 3, 1, 3, 3, 1]  # the short last batch is kept
+    first, second = torch.cat(seen[:3]).tolist(), torch.cat(seen[3:]).tolist()
+    assert sorted(first) == sorted(second) == [10, 20, 30, 40, 50, 60, 70]
+    assert first != second
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(16, 2), (8, 4), (4, 8), (5, 7)])
+def test_a_step_is_the_same_however_it_is_split(batch_size, accumulate):
+    """Same rows, masks and number of masked tokens, in the short last step too."""
+    rows = rows_of(*range(2, 62))
+    whole = loader(rows, batch_size=batch_size * accumulate, accumulate=1)
+    parts = loader(rows, batch_size=batch_size, accumulate=accumulate)
+    for one, many in zip(whole.steps(0, 4), parts.steps(0, 4), strict=True):
+        for field in ("input_ids", "attention_mask", "labels"):
+            joined = torch.cat([getattr(batch, field) for batch in many.batches])
+            assert torch.equal(getattr(one.batches[0], field), joined)
+        assert one.n_masked == many.n_masked == sum(len(b.positions) for b in many.batches)
+
+
+def test_a_position_is_a_step_and_the_state_of_the_mask_generator():
+    settings = {"batch_size": 3, "mlm_probability": 0.5}
+    whole = loader(rows_of(*range(3, 14)), **settings)
+    expected = list(whole.steps(0, 9))
+    before = loader(rows_of(*range(3, 14)), **settings)
+    list(before.steps(0, 5))
+    after = loader(rows_of(*range(3, 14)), **settings)
+    after.collator.generator.set_state(before.collator.generator.get_state())
+    for one, other in zip(expected[5:], after.steps(5, 9), strict=True):
+        for field in one.batches[0]._fields:
+            assert torch.equal(
+                getattr(one.batches[0], field), getattr(other.batches[0], field)
+            )
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_padded_batches_equal_the_collators(whole_word):
+    """The reference pads, finds special tokens row by row and masks, from the same generator."""
+    tokenizer = byte_level_tokenizer()
+    texts = ["Paris.", "A whale is a mammal.", "Unbelievable misunderstandings", "The heart"]
+    probabilities = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if whole_word else {}
+    reference = DataCollatorForLanguageModeling(
+        tokenizer, seed=42, mlm_probability=0.4, whole_word_mask=whole_word, **probabilities
+    )
+    encoding = tokenizer(texts, return_offsets_mapping=whole_word)
+    spans = encoding.pop("offset_mapping", [])
+    starts = [
+        start != end
+        for row in spans
+        for (start, _), end in zip(row, [-1] + [end for _, end in row[:-1]], strict=True)
+    ]
+    rows = TokenRows(
+        np.concatenate(encoding["input_ids"]).astype(np.uint16),
+        np.cumsum([0] + [len(ids) for ids in encoding["input_ids"]]),
+        np.array(starts) if whole_word else None,
+    )
+    collator = Collator(tokenizer, replace(TUTORIAL, mlm_probability=0.4, **probabilities))
+    longest = max(map(len, encoding["input_ids"]))
+    for _ in range(10):
+        batch = collator(rows, np.arange(4))
+        examples = [{"input_ids": ids} for ids in encoding["input_ids"]]
+        if whole_word:  # it cannot pad offsets by itself
+            examples = [
+                {
+                    "input_ids": ids + [tokenizer.pad_token_id] * (longest - len(ids)),
+                    "offset_mapping": row + [(0, 0)] * (longest - len(row)),
+                    "special_tokens_mask": tokenizer.get_special_tokens_mask(
+                        ids, already_has_special_tokens=True
+                    ) + [1] * (longest - len(ids)),
+                }
+                for ids, row in zip(encoding["input_ids"], spans, strict=True)
+            ]
+        expected = reference(examples)
+        assert torch.equal(batch.input_ids, expected["input_ids"])
+        assert torch.equal(batch.labels, expected["labels"])

@@ -1,0 +1,151 @@
+"""mask_tokens against its reference, DataCollatorForLanguageModeling, and its definition."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling
+
+from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_starts
+from tests.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokenizer
+
+TOKENIZERS = [byte_level_tokenizer(), wordpiece_tokenizer()]
+PROBABILITIES = [
+    (0.15, 0.8, 0.1), (0.5, 0.5, 0.4), (1.0, 0.7, 0.3), (0.3, 1.0, 0.0), (0.3, 0.0, 1.0),
+    (0.3, 0.9, 0.0), (0.0, 0.8, 0.1), (0.3, 0.0, 0.0),
+]  # fmt: skip
+SHAPES = [(1, 1), (2, 7), (8, 128), (33, 20)]
+
+
+def special_mask(tokenizer, input_ids):
+    return torch.tensor([
+        tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+        for row in input_ids.tolist()
+    ])
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte-level BPE", "WordPiece"])
+@pytest.mark.parametrize("mlm, mask, random", PROBABILITIES)
+def test_equal_to_the_collator_bit_for_bit(tokenizer, mlm, mask, random):
+    """Twenty batches of changing shape from one generator each: no draw more, none less."""
+    reference = DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=mlm, mask_replace_prob=mask, random_replace_prob=random, seed=7
+    )
+    generator = torch.Generator().manual_seed(7)
+    data = torch.Generator().manual_seed(0)
+    for shape in itertools.islice(itertools.cycle(SHAPES), 20):
+        input_ids = torch.randint(len(tokenizer), shape, generator=data)
+        expected = reference([{"input_ids": row} for row in input_ids.clone()])
+        seen, labels = mask_tokens(
+            input_ids, special_mask(tokenizer, input_ids),
+            mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer),
+            mlm_probability=mlm, mask_replace_prob=mask, random_replace_prob=random,
+            generator=generator,
+        )  # fmt: skip
+        assert torch.equal(seen, expected["input_ids"])
+        assert torch.equal(labels, expected["labels"])
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte-level BPE", "WordPiece"])
+@pytest.mark.parametrize("mlm", [0.15, 0.5, 1.0])
+def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it sets mask_replace_prob to 1
+        reference = DataCollatorForLanguageModeling(
+            tokenizer, whole_word_mask=True, mlm_probability=mlm, seed=3
+        )
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        encoding = tokenizer(
+            SENTENCES, padding=True, return_offsets_mapping=True, return_tensors="pt",
+            return_special_tokens_mask=True,
+        )  # fmt: skip
+        features = {key: encoding[key] for key in (
+            "input_ids", "special_tokens_mask", "offset_mapping"
+        )}
+        expected = reference([
+            {key: value[row].clone() for key, value in features.items()}
+            for row in range(len(SENTENCES))
+        ])
+        special = encoding["special_tokens_mask"].bool()
+        starts, ends = encoding["offset_mapping"].unbind(-1)
+        starts_word = starts != ends.roll(1, dims=1)
+        seen, labels = mask_tokens(
+            encoding["input_ids"], special, word_ids=word_ids_from_starts(starts_word, special),
+            mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer),
+            mlm_probability=mlm, mask_replace_prob=1.0, random_replace_prob=0.0,
+            generator=generator,
+        )  # fmt: skip
+        assert torch.equal(seen, expected["input_ids"])
+        assert torch.equal(labels, expected["labels"])
+
+
+def test_whole_words_meet_one_fate():
+    """80/10/10 holds per word, and the tokens of a word are masked, randomised or kept together."""
+    B, T, vocab_size, mask_id = 400, 60, 10**6, 10**6
+    word_ids = (torch.arange(T) // 3).expand(B, T)  # words of three tokens
+    input_ids = torch.zeros(B, T, dtype=torch.long)
+    seen, labels = mask_tokens(
+        input_ids, torch.zeros(B, T), word_ids=word_ids, mask_token_id=mask_id,
+        vocab_size=vocab_size, mlm_probability=0.3, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    chosen, seen = (labels != IGNORE).view(B, -1, 3), seen.view(B, -1, 3)
+    assert torch.equal(chosen.any(-1), chosen.all(-1))
+    masked, kept = (seen == mask_id), (seen == 0) & chosen
+    randomised = chosen & ~masked & ~kept
+    for fate in (masked, randomised):  # a random id is 0 once in a million: none here
+        assert torch.equal(fate.any(-1), fate.all(-1))
+    words = chosen.all(-1).sum().item()
+    assert words / (B * T / 3) == pytest.approx(0.3, abs=0.02)  # sd 0.005
+    for fate, share in ((masked, 0.8), (randomised, 0.1), (kept, 0.1)):
+        assert fate.all(-1).sum().item() / words == pytest.approx(share, abs=0.03)  # sd <= 0.008
+
+
+def test_word_ids_end_words_at_gaps_and_special_tokens():
+    special = torch.tensor([[1, 0, 0, 0, 1, 0, 0]]).bool()
+    starts = torch.tensor([[1, 0, 0, 1, 0, 0, 0]]).bool()
+    assert word_ids_from_starts(starts, special).tolist() == [[-1, 1, 1, 2, -1, 3, 3]]
+
+
+def test_positions_outside_words_are_never_chosen():
+    word_ids = torch.tensor([[-1, 4, 4, -1, 7]])
+    _, labels = mask_tokens(
+        torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 0, 1]]), word_ids=word_ids,
+        mask_token_id=0, vocab_size=10, mlm_probability=1.0,
+    )  # fmt: skip
+    assert labels.tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE]]
+
+
+def test_statistics_and_what_is_never_touched():
+    """10^6 tokens: the shares are off by more than the bounds once in 10^6 seeds (5 sd)."""
+    B, T, vocab_size, mask_id = 1000, 1000, 50_000, 50_000
+    input_ids = torch.arange(B * T).view(B, T) % vocab_size
+    special = input_ids % 10 == 0  # every tenth token
+    before = input_ids.clone()
+    seen, labels = mask_tokens(
+        input_ids, special, mask_token_id=mask_id, vocab_size=vocab_size,
+        generator=torch.Generator().manual_seed(42),
+    )  # fmt: skip
+    chosen = labels != IGNORE
+    assert torch.equal(input_ids, before)
+    assert not chosen[special].any() and torch.equal(seen[special], before[special])
+    assert torch.equal(labels[chosen], before[chosen])
+    assert torch.equal(seen[~chosen], before[~chosen])
+    n = chosen.sum().item()
+    assert n / (~special).sum().item() == pytest.approx(0.15, abs=0.002)
+    masked = (seen == mask_id).sum().item()
+    kept = (seen[chosen] == before[chosen]).sum().item()
+    assert masked / n == pytest.approx(0.8, abs=0.006)
+    assert kept / n == pytest.approx(0.1, abs=0.005)
+    assert (n - masked - kept) / n == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"mlm_probability": 1.1}, {"mask_replace_prob": -0.1}, {"random_replace_prob": 2},
+    {"mask_replace_prob": 0.8, "random_replace_prob": 0.3},
+])  # fmt: skip
+def test_impossible_probabilities_are_refused(wrong):
+    row = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"between 0 and 1|more than 1"):
+        mask_tokens(row, row, mask_token_id=1, vocab_size=5, **wrong)

@@ -1,0 +1,96 @@
+"""Train a masked-language model.
+
+    python train.py --epochs 2
+    python train.py --model distilbert/distilroberta-base --train-file my.txt --lr 5e-5
+    python train.py --resume
+"""
+
+import argparse
+import dataclasses
+import sys
+import typing
+
+from mlm_scratch.errors import OneLineParser, run_command
+from mlm_scratch.recipes import RECIPES, TrainConfig, resolve
+
+
+def main() -> None:
+    """Parse, choose a recipe, train, say where the result is."""
+    given = vars(parse_arguments())  # only what was named on the command line
+    recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
+    if resume:
+        from mlm_scratch.run_dir import resumed_config
+
+        if recipe != "auto":
+            given["recipe"] = recipe
+        config = resumed_config(given.pop("output_dir", None), given)
+        print(f"resuming {config.output_dir}", flush=True)
+    else:
+        recipe, reason = choose_recipe(recipe, given)
+        config = resolve(recipe, given)
+        print(f"recipe {recipe}: {reason}", flush=True)
+
+    from mlm_scratch.loop import train  # imports torch and transformers: seconds
+
+    run_dir = train(config, resume=resume)
+    print(f"picture of the loss: {run_dir / 'loss.png'}")
+    print(f"all curves: tensorboard --logdir {run_dir / 'logs'}")
+    print(f"model: {run_dir / 'model'}; try it with")
+    print('    python infer.py "The Milky Way is a <mask> galaxy."')
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Turn every field of TrainConfig into a flag. Flags that are not given do not appear."""
+    parser = OneLineParser(
+        prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe", choices=("auto", *RECIPES),
+        help="settings to start from; auto (default): tutorial where the Hub answers or all is "
+        "cached, else bundled, which needs no download",
+    )
+    types = typing.get_type_hints(TrainConfig)
+    for option in dataclasses.fields(TrainConfig):
+        if "help" in option.metadata:
+            flag = "--" + option.name.replace("_", "-")
+            parser.add_argument(flag, **_argument(option, types[option.name]))
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in --output-dir, or else the newest one, from its last checkpoint",
+    )
+    return parser.parse_args()
+
+
+def _argument(option: dataclasses.Field, kind: type) -> dict:
+    """What argparse has to know of a field."""
+    text = option.metadata["help"].replace("%", "%%")
+    if kind is bool:
+        return {"action": "store_true", "help": text}
+    if option.default not in (None, ()):
+        text += f" (default: {option.default})"
+    arguments = {"help": text}
+    if "choices" in option.metadata:
+        arguments["choices"] = option.metadata["choices"]
+    if typing.get_origin(kind) is tuple:
+        return arguments | {"nargs": "+", "metavar": "PATH"}
+    kind = next(part for part in (*typing.get_args(kind), kind) if part is not type(None))
+    metavar = "ID_OR_DIR" if option.name == "model" else None
+    return arguments | {"type": kind, "metavar": metavar or {int: "N", float: "X"}.get(kind)}
+
+
+def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:
+    """The recipe to use and why: the one that was named, or for "auto" the one that can run."""
+    if recipe != "auto":
+        return recipe, "as named"
+    named = [name for name in ("model", "dataset", "train_file") if name in given]
+    if named:
+        return "tutorial", f"its settings for the {named[0].replace('_', ' ')} named"
+    from mlm_scratch.hub import can_load_tutorial
+
+    possible, reason = can_load_tutorial()
+    return ("tutorial" if possible else "bundled"), reason
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
