@@ -33,6 +33,7 @@ def main() -> None:
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     device = choose_precision(arguments.device, "fp32").device
     tokenizer, model = load_tokenizer(model_name), load_model(model_name).eval().to(device)
     check_fit(tokenizer, model, model_name)

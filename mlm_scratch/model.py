@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.masking import IGNORE
@@ -193,7 +192,6 @@ def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
 
     Raises UserError, also where weights are missing: they would silently start at random.
     """
-    disable_progress_bar()  # of the weights' loading: a second
     try:
         if init == "scratch":
             model_config = AutoConfig.from_pretrained(name)

@@ -77,7 +77,8 @@ class Report:
         self.tokens = 0
 
     def _epoch(self, step: int) -> float:
-        return step / self.steps_per_epoch
+        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
+        return epoch + (step_of_epoch + 1) / self.steps_per_epoch  # as Trainer rounds it
 
     def _write(self, line: dict[str, Any]) -> None:
         self.metrics.write(json.dumps(line) + "\n")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.checkpoint import load_state
 from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
@@ -78,6 +79,7 @@ class Training:
 
 def prepare(config: TrainConfig, checkpoint: Path | None) -> Training:
     """Load text and model and build all that the loop needs; with a checkpoint, as it was there."""
+    disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     precision = choose_precision(config.device, config.precision)
     documents, eval_documents = load_documents(config)
     tokenizer, model = load_tokenizer_and_model(config, documents, checkpoint)

@@ -1,0 +1,188 @@
+"""Whole small runs: they learn, and what they leave behind is complete."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mlm_scratch.checkpoint import checkpoints, find_fault
+from mlm_scratch.loop import train
+from mlm_scratch.recipes import resolve
+from tests.tiny import SENTENCES, save_roberta
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model directory and a text of 48 short documents."""
+    directory = tmp_path_factory.mktemp("files")
+    torch.manual_seed(1)
+    save_roberta(directory / "model")
+    text = directory / "a.txt"
+    text.write_text("\n".join(f"{i}: {text}" for i in range(8) for text in SENTENCES))
+    return directory
+
+
+def config(files, **settings):
+    return resolve("tutorial", {
+        "model": str(files / "model"), "train_file": (str(files / "a.txt"),), "block_size": 16,
+        "lr": 1e-3, "log_every": 3, "device": "cpu", "eval_fraction": 0.0, **settings,
+    })  # fmt: skip
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def test_a_run_learns_and_leaves_everything_behind(files, capsys):
+    run_dir = train(config(files, epochs=10, lr=3e-3, eval_fraction=0.2, save_every=30))
+    assert run_dir == Path("runs/tutorial") and Path("runs/latest").resolve() == run_dir.resolve()
+    lines = metrics(run_dir)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert losses[0] > 5.5 and losses[-1] < losses[0] - 1.5
+    assert len(evaluations) == 10  # one per epoch
+    assert set(evaluations[0]) == {"step", "epoch", "eval_loss", "perplexity", "eval_accuracy"}
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 1
+
+    total = evaluations[-1]["step"]
+    assert [path.name for path in checkpoints(run_dir)] == [
+        f"checkpoint-{total}", f"checkpoint-{total - total % 30}"
+    ]  # fmt: skip
+    for directory in (run_dir / "model", *checkpoints(run_dir)):
+        AutoTokenizer.from_pretrained(directory)
+        _, info = AutoModelForMaskedLM.from_pretrained(directory, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+    saved = weights(run_dir / "model")
+    assert all(torch.equal(saved[name], model_weight) for name, model_weight in
+               weights(run_dir / f"checkpoint-{total}").items())
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run_dir / "logs").glob("events.out.tfevents.*"))
+    notes = json.loads((run_dir / "run.json").read_text())
+    assert notes["config"]["epochs"] == 10 and notes["versions"]["torch"] == torch.__version__
+    assert "RobertaForMaskedLM" in capsys.readouterr().out
+
+
+def test_equal_runs_have_equal_files_and_never_share_a_directory(files):
+    first, second = train(config(files)), train(config(files))
+    assert (first.name, second.name) == ("tutorial", "tutorial-2")
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(16, 2), (8, 4), (4, 8)])
+def test_accumulation_changes_nothing_but_memory(files, batch_size, accumulate):
+    """32 x 1 as 16 x 2, 8 x 4, 4 x 8; the last step of an epoch is short. Without dropout, whose
+    masks depend on the shapes."""
+    no_dropout = files / "no-dropout"
+    save_roberta(no_dropout, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    settings = {"model": str(no_dropout), "log_every": 1}
+    whole = metrics(train(config(files, **settings, batch_size=32)))
+    parts = metrics(train(
+        config(files, **settings, batch_size=batch_size, accumulate=accumulate)
+    ))
+    assert len(whole) == len(parts) == 6
+    for one, many in zip(whole, parts, strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_resumed_run_is_the_run_that_never_stopped(files, precision):
+    """From the middle of the first epoch, with evaluation, accumulation, and the scaler."""
+    settings = config(
+        files, precision=precision, accumulate=2, batch_size=4, save_every=4, keep=100,
+        eval_fraction=0.2, eval_every=5, log_every=3, output_dir="whole",
+    )  # fmt: skip
+    whole = train(settings)
+    shutil.copytree(whole, "stopped")
+    for directory in [Path("stopped/model"), *checkpoints(Path("stopped"))[:-1]]:
+        shutil.rmtree(directory)
+    assert [path.name for path in checkpoints(Path("stopped"))] == ["checkpoint-4"]
+    resumed = train(replace(settings, output_dir="stopped"), resume=True)
+    assert (resumed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert [p.name for p in checkpoints(resumed)] == [p.name for p in checkpoints(whole)]
+    for one, other in zip(checkpoints(whole), checkpoints(resumed), strict=True):
+        names = sorted(path.name for path in one.iterdir())
+        assert names == sorted(path.name for path in other.iterdir())
+        for name, weight in weights(one).items():
+            assert torch.equal(weights(other)[name], weight)
+        states = [torch.load(path / "training_state.pt") for path in (one, other)]
+        assert_same(*states)
+
+
+def assert_same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(files):
+    whole = train(config(files, output_dir="whole"))
+    shutil.copytree(whole, "stopped", ignore=shutil.ignore_patterns("checkpoint-*", "model"))
+    resumed = train(config(files, output_dir="stopped"), resume=True)
+    assert (resumed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(files, capsys, name, damage):
+    whole = train(config(files, output_dir="whole", save_every=5))
+    newest = checkpoints(whole)[0]
+    content = bytearray((newest / name).read_bytes())
+    if damage == "cut":
+        (newest / name).write_bytes(content[:-1])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        (newest / name).write_bytes(content)
+    else:
+        (newest / name).unlink()
+    assert name in find_fault(newest)
+    train(config(files, output_dir="whole", save_every=5), resume=True)
+    error = capsys.readouterr().err
+    assert f"{newest} is damaged ({name}" in error
+    assert find_fault(newest) is None  # written again
+
+
+@pytest.mark.parametrize("settings", [
+    {"whole_word": True}, {"grouping": "lines"}, {"init": "scratch"},
+    {"dense_head": True}, {"max_steps": 5}, {"epochs": 0.5}, {"mlm_probability": 0.001},
+], ids=str)  # fmt: skip
+def test_every_way_of_training_runs_and_stays_finite(files, settings):
+    run_dir = train(config(files, log_every=1, **settings))
+    losses = [line["loss"] for line in metrics(run_dir)]
+    assert all(0 <= loss < 10 for loss in losses)
+    assert len(losses) == {5: 5}.get(settings.get("max_steps"), len(losses)) > 3
+
+
+def test_a_step_without_masked_tokens_changes_nothing(files):
+    """With momentum and weight decay, AdamW would move on a gradient of 0 as well."""
+    settings = {"weight_decay": 0.1, "batch_size": 1, "log_every": 1, "save_every": 1, "keep": 100}
+    run_dir = train(config(files, mlm_probability=0.03, max_steps=40, **settings))
+    lines = metrics(run_dir)
+    empty = [line["step"] for line in lines if line["loss"] == 0 and line["step"] > 5]
+    assert len(empty) > 5
+    for step in empty:
+        before, after = (run_dir / f"checkpoint-{s}" for s in (step - 1, step))
+        for name, weight in weights(before).items():
+            assert torch.equal(weights(after)[name], weight)
+        old, new = (torch.load(path / "training_state.pt") for path in (before, after))
+        assert_same(old["optimizer"], new["optimizer"])
+        assert_same(old["scheduler"], new["scheduler"])
