@@ -29,7 +29,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from mlm_scratch import fill_mask
-    from mlm_scratch.model import check_fit, load_model, load_tokenizer
+    from mlm_scratch.load import check_fit, load_model, load_tokenizer
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
@@ -97,7 +97,7 @@ def newest_model() -> Path:
 def show(fill: dict) -> str:
     """One fill on one line: score, bar, token, sentence."""
     bar = "█" * round(fill["score"] * BAR_WIDTH)
-    return f"{fill['score']:.4f} {bar:<{BAR_WIDTH}} {fill['token_str']!r:<14} {fill['sequence']}"
+    return f"{fill['score']:<9.4g} {bar:<{BAR_WIDTH}} {fill['token_str']!r:<14} {fill['sequence']}"
 
 
 if __name__ == "__main__":

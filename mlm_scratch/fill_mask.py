@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.model import longest_input
+from mlm_scratch.load import longest_input
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
@@ -135,12 +135,10 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
             ids.append(vocabulary[target])
             continue
         pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
-        if pieces:
-            ids.append(pieces[0])
-            instead = f"taking {tokenizer.convert_ids_to_tokens(pieces[0])!r} instead"
-        else:
-            instead = "leaving it out"
-        print(f"warning: target {target!r} is not in the vocabulary, {instead}", file=sys.stderr)
+        ids += pieces[:1]
+        if len(pieces) != 1:
+            instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
+            print(f"warning: target {target!r} is not one token, {instead}", file=sys.stderr)
     if not ids:
         raise UserError("none of the targets gives a token of the vocabulary")
     return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties

@@ -6,18 +6,19 @@
 the settings to a finished run directory; what is built before the first step is in setup.py.
 """
 
+import sys
 from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mlm_scratch.checkpoint import newest_valid_checkpoint, save_checkpoint, save_model
+from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.report import Report, draw_losses
 from mlm_scratch.run_dir import LATEST, new_run_dir, point_latest_to, write_run_json
-from mlm_scratch.setup import Training, prepare
+from mlm_scratch.setup import LOST_STEPS_IN_A_ROW, Training, prepare
 from mlm_scratch.signals import StopRequest
 
 
@@ -44,6 +45,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if stop.received:
         print(f"stopped; go on with: python train.py --resume --output-dir {run_dir}")
         raise SystemExit(128 + stop.received)
+    t.stop_if_lost(in_a_row=1)
+    if lost := t.lost_steps.item():
+        print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
     save_model(run_dir / "model", t.model, t.tokenizer)
     return run_dir
 
@@ -55,6 +59,7 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
     for step in t.loader.steps(t.steps_done, t.total_steps):
         # ---- One optimizer step
         learning_rate = scheduler.get_last_lr()[0]
+        step_loss = torch.zeros_like(t.loss_since_log)
         for batch in step.batches:
             with t.precision.autocast():
                 loss_sum, _ = masked_lm_loss(net, **batch._asdict(), dense=config.dense_head)
@@ -62,9 +67,9 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
             # add up to those of one large batch, however it was split.
             loss = loss_sum / max(step.n_masked, 1)
             scaler.scale(loss).backward()  # larger, so that small fp16 gradients do not become 0
-            t.loss_since_log += loss.detach()
+            step_loss += loss.detach()
 
-        grad_norm = torch.zeros_like(t.loss_since_log)
+        grad_norm = torch.zeros_like(step_loss)
         if step.n_masked > 0:  # else all gradients are 0, but AdamW would follow its momentum
             scaler.unscale_(optimizer)  # before measuring: the norm to clip is the true one
             grad_norm = clip_grad_norm_(net.parameters(), config.max_grad_norm)
@@ -75,18 +80,19 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
                 scheduler.step()
         optimizer.zero_grad()
         t.steps_done += 1
+        t.count_loss(step_loss)
         report.advance(step.n_tokens)
 
         # ---- Once in a while
         if t.steps_done % config.log_every == 0:
             loss = t.take_mean_loss()
             report.log(t.steps_done, loss, learning_rate, grad_norm.item())
+        if t.steps_done % min(config.log_every, LOST_STEPS_IN_A_ROW) == 0:
+            t.stop_if_lost()
         if t.eval_rows is not None and t.due(config.eval_every or t.loader.steps_per_epoch):
             metrics = evaluate(net, t.tokenizer, t.eval_rows, config, t.precision)
             report.evaluation(t.steps_done, metrics)
         if t.due(config.save_every) or stop.received:
-            save_checkpoint(
-                run_dir, t.steps_done, t.model, t.tokenizer, t.state_dict(), config.keep
-            )
+            t.save(run_dir)
         if stop.received:
             break

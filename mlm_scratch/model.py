@@ -1,31 +1,18 @@
-"""Tokenizer and model, and the masked-LM loss with the head on masked positions only.
+"""The masked-LM loss, with the head on masked positions only.
 
 An encoder turns (B, T) ids into (B, T, H) hidden states; the LM head turns each hidden state into V
 scores, one per vocabulary entry. Only the masked positions have a label, about 15 %, so only there
 the head has to run: with V = 50,265 it is nearly half of all arithmetic of a distilroberta step.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
-from mlm_scratch.errors import UserError
 from mlm_scratch.masking import IGNORE
-from mlm_scratch.recipes import BUNDLED, TrainConfig
-from mlm_scratch.small_model import small_modernbert, train_tokenizer
-
-# ---- The loss ------------------------------------------------------------------------------------
 
 
 class MaskedLM(nn.Module):
@@ -145,96 +132,3 @@ def sparse_head_works(model: MaskedLM) -> bool:
         return False
     finally:
         model.train(was_training)
-
-
-# ---- Tokenizer and model -------------------------------------------------------------------------
-
-
-def load_tokenizer_and_model(
-    config: TrainConfig, texts: Iterable[str], checkpoint: Path | None = None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the model (fp32, in train mode) that `config` names.
-
-    Args:
-        texts: read only for the bundled model, whose tokenizer is trained on them.
-        checkpoint: take both from there instead, to go on with a run.
-
-    Raises UserError for what cannot be loaded or cannot do masked-language modelling.
-    """
-    torch.manual_seed(config.seed)  # new weights are drawn from here
-    if checkpoint is not None:
-        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
-    elif config.model == BUNDLED:
-        tokenizer = train_tokenizer(texts)
-        model = AutoModelForMaskedLM.from_config(small_modernbert(tokenizer))
-    else:
-        tokenizer, model = load_tokenizer(config.model), load_model(config.model, config.init)
-    check_fit(tokenizer, model, config.model)
-    limit = longest_input(tokenizer, model)
-    if config.block_size > limit:
-        raise UserError(
-            f"--block-size {config.block_size} is over the limit of {config.model}, which takes "
-            f"{limit} tokens at most"
-        )
-    return tokenizer, model.train()
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a Hub id or directory. Raises UserError."""
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the libraries raise a dozen types here; the message says which
-        raise UserError(_cannot_load("tokenizer", name, error)) from error
-
-
-def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
-    """Load the masked-LM of a Hub id or directory in fp32, or build it with random weights.
-
-    Raises UserError, also where weights are missing: they would silently start at random.
-    """
-    try:
-        if init == "scratch":
-            model_config = AutoConfig.from_pretrained(name)
-            return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:
-        raise UserError(_cannot_load("model", name, error)) from error
-    if info["missing_keys"]:
-        raise UserError(
-            f"{name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}: not a "
-            "masked-language model, or one without its head"
-        )
-    return model
-
-
-def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()
-    return f"cannot load a {what} from {name}: {reason[0] if reason else type(error).__name__}"
-
-
-def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raise UserError unless the two can do masked-language modelling together."""
-    if tokenizer.mask_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"the tokenizer of {name} knows no words: its vocabulary file is missing")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
-        )
-
-
-def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """The most tokens that tokenizer and model take at once, special tokens included."""
-    limits = [tokenizer.model_max_length]
-    if (configured := getattr(model.config, "max_position_embeddings", None) or 0) > 0:
-        limits.append(configured)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa and its kin count positions from padding_idx + 1: 514 rows hold 512 tokens.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - first)
-    return min(limits)

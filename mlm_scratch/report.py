@@ -25,10 +25,8 @@ class Report:
     def __init__(self, run_dir: Path, first_step: int, total_steps: int, steps_per_epoch: int):
         """first_step: steps done so far; what an interrupted run logged after them is dropped."""
         self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= first_step]
-        self.metrics = (run_dir / METRICS).open("w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        _forget_after(first_step, run_dir / METRICS)
+        self.metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "logs", purge_step=first_step + 1)
         self.bar = progress_bar(
             total=total_steps, initial=first_step, desc="training", unit=" steps"
@@ -85,16 +83,22 @@ class Report:
         self.metrics.flush()
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut short is left out."""
-    lines = []
-    if (run_dir / METRICS).exists():
-        for text in (run_dir / METRICS).read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+def _forget_after(last_step: int, metrics: Path) -> None:
+    """Cut the file where the lines of later steps begin, or a line that was not finished."""
+    metrics.touch()
+    kept = 0
+    with metrics.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
                 break
-    return lines
+            kept += len(line)
+        file.truncate(kept)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    with (run_dir / METRICS).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def draw_losses(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mlm_scratch.checkpoint import load_state
+from mlm_scratch.checkpoint import load_state, save_checkpoint
 from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
+from mlm_scratch.errors import UserError
+from mlm_scratch.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator, Loader
-from mlm_scratch.model import MaskedLM, load_tokenizer_and_model, sparse_head_works
+from mlm_scratch.model import MaskedLM, sparse_head_works
 from mlm_scratch.precision import Precision, choose_precision
 from mlm_scratch.recipes import TrainConfig
+
+LOST_STEPS_IN_A_ROW = 10  # so many steps without a finite loss, and none will have one again
 
 
 @dataclass
@@ -36,12 +41,23 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
-    loss_since_log: Tensor  # (), the losses of the steps since the last log, on the device
+    # Sums on the device, read once in a while:
+    loss_since_log: Tensor  # () the losses of the steps since the last log
+    lost_in_a_row: Tensor  # () the steps up to now whose loss was NaN or infinite
+    lost_steps: Tensor  # () all such steps of the run
     steps_done: int = 0
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps (0: only at the end) is due now."""
         return self.steps_done == self.total_steps or (every > 0 and self.steps_done % every == 0)
+
+    def count_loss(self, step_loss: Tensor) -> None:
+        """Add the loss of a step to the sums, without reading it."""
+        lost = ~step_loss.isfinite()
+        self.loss_since_log += step_loss
+        self.lost_steps += lost
+        self.lost_in_a_row += lost
+        self.lost_in_a_row *= lost
 
     def take_mean_loss(self) -> float:
         """The mean step loss since the last log. Here, once in a while, the CPU waits."""
@@ -49,12 +65,33 @@ class Training:
         self.loss_since_log.zero_()
         return loss
 
+    def stop_if_lost(self, in_a_row: int = LOST_STEPS_IN_A_ROW) -> None:
+        """Raise UserError if the last so many steps had no finite loss."""
+        if (lost := self.lost_in_a_row.item()) >= in_a_row:
+            raise UserError(
+                f"the loss was NaN or infinite in the last {lost} steps, up to step "
+                f"{self.steps_done}; the last good checkpoint is kept: begin a new run with a "
+                "lower --lr, or with --precision bf16 or fp32 instead of fp16"
+            )
+
+    def save(self, run_dir: Path) -> None:
+        """Write a checkpoint, but never of weights that the last step may have spoilt."""
+        if self.lost_in_a_row.item() > 0:
+            print(f"warning: the loss of step {self.steps_done} is NaN or infinite: not saved",
+                  file=sys.stderr)
+            return
+        save_checkpoint(
+            run_dir, self.steps_done, self.model, self.tokenizer, self.state_dict(),
+            self.config.keep,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the weights."""
         device = self.precision.device
         return {
             "steps_done": self.steps_done,
             "loss_since_log": self.loss_since_log,
+            "lost_steps": self.lost_steps,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -68,6 +105,7 @@ class Training:
         device = self.precision.device
         self.steps_done = state["steps_done"]
         self.loss_since_log.copy_(state["loss_since_log"])
+        self.lost_steps.copy_(state["lost_steps"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
@@ -105,6 +143,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None) -> Training:
         scheduler=LambdaLR(optimizer, linear_schedule(config.warmup_steps, total_steps)),
         scaler=precision.grad_scaler(),
         loss_since_log=torch.zeros((), device=precision.device),
+        lost_in_a_row=torch.zeros((), dtype=torch.int64, device=precision.device),
+        lost_steps=torch.zeros((), dtype=torch.int64, device=precision.device),
     )
     torch.manual_seed(config.seed)  # dropout is drawn from here on
     if checkpoint is not None:

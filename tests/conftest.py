@@ -21,3 +21,13 @@ def pytest_configure(config):
     """Describe the markers that skip themselves."""
     config.addinivalue_line("markers", "cuda: needs a GPU")
     config.addinivalue_line("markers", "hub: needs the real Hugging Face Hub")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests for a GPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))

@@ -59,7 +59,7 @@ def test_train_then_fill(files, call):
     assert lines[-1].strip() == f'python infer.py "{MILKY_WAY}"'  # what it says works as it stands:
     code, out, _ = call(infer, MILKY_WAY)
     assert code == 0
-    assert ("step by step" in out and "█" in out) or "0.0" in out
+    assert "step by step" in out
     tokenizer = AutoTokenizer.from_pretrained("runs/latest/model")
     assert str(tokenizer(MILKY_WAY)["input_ids"]) in out
     assert out.count("The Milky Way is a") > 10  # the text, 5 fills, 5 step by step

@@ -79,7 +79,7 @@ def test_the_tutorial_runs_whole_against_the_hub(hub, home):
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
     assert config == json.loads(json.dumps(vars(TUTORIAL))) | {"output_dir": "runs/tutorial"}
     assert "48 documents of data set dany0407/eli5_category" in run.stdout
-    lines = [json.loads(line) for line in open("runs/tutorial/metrics.jsonl")]
+    lines = list(map(json.loads, Path("runs/tutorial/metrics.jsonl").read_text().splitlines()))
     assert [line["epoch"] for line in lines if "eval_loss" in line] == [1.0, 2.0]
     assert [line["step"] for line in lines if "loss" in line][:2] == [10, 20]
     fills = call(os.environ, MILKY_WAY, "--json", script="infer.py")

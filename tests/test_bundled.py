@@ -1,0 +1,55 @@
+"""The main job, whole: `python train.py --epochs 2` where there is no Hub, then its fills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.load import load_model, load_tokenizer
+from tests.fact_prompts import EMITTED, NEVER_EMITTED
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """About two minutes on two cores."""
+    directory = tmp_path_factory.mktemp("main_job")
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--epochs", "2"], cwd=directory,
+        env=os.environ | {"MLM_SCRATCH_CACHE": str(directory / "cache")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("recipe bundled: ")
+    return directory / "runs" / "bundled"
+
+
+def test_held_out_tokens_are_guessed(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval_accuracy" in line]
+    assert [line["epoch"] for line in evaluations] == [1.0, 2.0]
+    print(evaluations[-1])
+    assert evaluations[-1]["eval_accuracy"] >= 0.85
+
+
+def test_facts_were_learned_and_not_only_their_wordings(run_dir):
+    tokenizer, model = load_tokenizer(run_dir / "model"), load_model(run_dir / "model")
+    assert len({*EMITTED, *NEVER_EMITTED}) >= 100 and len(NEVER_EMITTED) >= 40
+
+    def share_right(prompts):
+        right = sum(
+            fill_mask(model, tokenizer, prompt, top_k=1)[0]["token_str"].strip() == answer
+            for prompt, answer in prompts
+        )
+        return right / len(prompts)
+
+    print(f"emitted {share_right(EMITTED):.3f}, never emitted {share_right(NEVER_EMITTED):.3f}")
+    assert share_right((*EMITTED, *NEVER_EMITTED)) >= 0.9
+    assert share_right(NEVER_EMITTED) >= 0.85
+    spiral = fill_mask(model, tokenizer, "The Milky Way is a <mask> galaxy.", top_k=1)[0]
+    assert spiral["sequence"] == "The Milky Way is a spiral galaxy."
