@@ -80,19 +80,21 @@ def test_equal_runs_have_equal_files_and_never_share_a_directory(files):
 
 @pytest.mark.parametrize("batch_size, accumulate", [(16, 2), (8, 4), (4, 8)])
 def test_accumulation_changes_nothing_but_memory(files, batch_size, accumulate):
-    """32 x 1 as 16 x 2, 8 x 4, 4 x 8; the last step of an epoch is short. Without dropout, whose
-    masks depend on the shapes."""
+    """32 x 1 as 16 x 2, 8 x 4, 4 x 8: the same loss and gradient at every step, the short one at
+    the end of an epoch too. Rows of unequal length, so batches have unequally many masked tokens.
+    No dropout, whose masks depend on the shapes; no learning, which would add up rounding errors.
+    """
     no_dropout = files / "no-dropout"
     save_roberta(no_dropout, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    settings = {"model": str(no_dropout), "log_every": 1}
+    settings = {"model": str(no_dropout), "log_every": 1, "lr": 1e-20, "grouping": "lines"}
     whole = metrics(train(config(files, **settings, batch_size=32)))
     parts = metrics(train(
         config(files, **settings, batch_size=batch_size, accumulate=accumulate)
     ))
-    assert len(whole) == len(parts) == 6
+    assert len(whole) == len(parts) == 4
     for one, many in zip(whole, parts, strict=True):
-        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

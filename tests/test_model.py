@@ -3,16 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AlbertConfig,
-    AutoModelForMaskedLM,
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    ElectraConfig,
-    ModernBertConfig,
-    MPNetConfig,
-)
+from transformers import AutoModelForMaskedLM, BertConfig, BertModel
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
@@ -20,23 +11,10 @@ from mlm_scratch.model import MaskedLM, masked_lm_loss, sparse_head_works
 from mlm_scratch.small_model import small_modernbert, train_tokenizer
 from tests.tiny import SENTENCES, byte_level_tokenizer, roberta, save_roberta, wordpiece_tokenizer
 
-SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 40, "pad_token_id": 0,
-}  # fmt: skip
-CONFIGS = {
-    "BERT": BertConfig(**SMALL),
-    "untied BERT": BertConfig(**SMALL, tie_word_embeddings=False),
-    "DistilBERT": DistilBertConfig(
-        vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=40
-    ),
-    "ALBERT": AlbertConfig(**SMALL, embedding_size=16),
-    "ELECTRA": ElectraConfig(**SMALL, embedding_size=16),
-    "MPNet": MPNetConfig(**SMALL),
-    "ModernBERT": ModernBertConfig(
-        **SMALL, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
-    ),
-}
+BERT = BertConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=64, max_position_embeddings=40, pad_token_id=0,
+)  # fmt: skip
 
 
 def batch():
@@ -50,30 +28,8 @@ def batch():
     return input_ids, attention_mask, labels
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_head_on_masked_positions_gives_the_dense_loss_and_gradients(name):
-    torch.manual_seed(0)
-    model = AutoModelForMaskedLM.from_config(CONFIGS[name]).eval()
-    assert sparse_head_works(MaskedLM(model))
-    input_ids, attention_mask, labels = batch()
-    reference = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
-    gradients = []
-    for dense in (True, False):
-        loss_sum, n_masked = masked_lm_loss(model, *batch(), dense=dense)
-        assert n_masked == 5
-        assert loss_sum.item() / 5 == pytest.approx(reference.item(), rel=1e-6)
-        model.zero_grad()
-        loss_sum.backward()
-        gradients.append({
-            name: p.grad for name, p in model.named_parameters() if p.grad is not None
-        })
-    assert gradients[0].keys() == gradients[1].keys()
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-6)
-
-
 def test_the_head_really_sees_masked_positions_only():
-    model = AutoModelForMaskedLM.from_config(CONFIGS["BERT"])
+    model = AutoModelForMaskedLM.from_config(BERT)
     seen = []
     model.cls.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     masked_lm_loss(model, *batch())
@@ -82,7 +38,7 @@ def test_the_head_really_sees_masked_positions_only():
 
 
 def test_a_batch_without_masked_tokens_has_loss_0_and_a_gradient_of_0():
-    model = AutoModelForMaskedLM.from_config(CONFIGS["BERT"])
+    model = AutoModelForMaskedLM.from_config(BERT)
     input_ids, attention_mask, labels = batch()
     labels.fill_(-100)
     loss_sum, n_masked = masked_lm_loss(model, input_ids, attention_mask, labels)
@@ -92,7 +48,7 @@ def test_a_batch_without_masked_tokens_has_loss_0_and_a_gradient_of_0():
 
 
 def test_the_model_is_left_without_a_hook():
-    model = AutoModelForMaskedLM.from_config(CONFIGS["BERT"]).eval()
+    model = AutoModelForMaskedLM.from_config(BERT).eval()
     input_ids, attention_mask, labels = batch()
     before = model(input_ids=input_ids, attention_mask=attention_mask).logits
     masked_lm_loss(model, input_ids, attention_mask, labels)
@@ -105,13 +61,13 @@ def test_a_head_that_looks_around_is_found_out():
         def forward(self, logits):
             return logits + logits.roll(1, dims=1)
 
-    model = AutoModelForMaskedLM.from_config(CONFIGS["BERT"])
+    model = AutoModelForMaskedLM.from_config(BERT)
     model.cls = torch.nn.Sequential(model.cls, Neighbours())
     assert not sparse_head_works(MaskedLM(model))
 
 
 def test_the_sum_is_taken_in_fp32_under_autocast():
-    model = AutoModelForMaskedLM.from_config(CONFIGS["BERT"]).eval()
+    model = AutoModelForMaskedLM.from_config(BERT).eval()
     with torch.autocast("cpu", torch.bfloat16):
         loss_sum, _ = masked_lm_loss(model, *batch())
         input_ids, attention_mask, labels = batch()
@@ -133,7 +89,7 @@ def test_trained_tokenizer_takes_the_gap_before_a_mask_into_it():
 def test_longest_input():
     tokenizer = byte_level_tokenizer()
     assert longest_input(tokenizer, roberta(tokenizer)) == 64  # 66 positions, counted from 2
-    bert = AutoModelForMaskedLM.from_config(CONFIGS["BERT"])
+    bert = AutoModelForMaskedLM.from_config(BERT)
     assert longest_input(wordpiece_tokenizer(), bert) == 40
     small = AutoModelForMaskedLM.from_config(small_modernbert(tokenizer))
     assert longest_input(tokenizer, small) == 512
@@ -153,11 +109,11 @@ def test_loading_gives_back_what_was_saved_in_fp32(tmp_path):
 
 
 def no_head(directory):
-    BertModel(CONFIGS["BERT"]).save_pretrained(directory)
+    BertModel(BERT).save_pretrained(directory)
 
 
 def no_weights(directory):
-    CONFIGS["BERT"].save_pretrained(directory)
+    BERT.save_pretrained(directory)
 
 
 def not_a_masked_lm(directory):
