@@ -76,3 +76,12 @@ def test_step_by_step_shows_the_same_fills():
     assert str(tokenizer(ONE)["input_ids"]) in lines
     for fill in fill_mask(model, tokenizer, ONE, top_k=3):
         assert f"{fill['score']:.4f}  {fill['sequence']}" in lines
+
+
+@pytest.mark.cuda
+def test_fills_on_a_gpu_are_those_on_a_cpu():
+    model, tokenizer = roberta(BPE).eval(), BPE
+    expected = fill_mask(model, tokenizer, ONE)
+    for fill, other in zip(expected, fill_mask(model.cuda(), tokenizer, ONE), strict=True):
+        assert fill["score"] == pytest.approx(other["score"], rel=1e-3)
+        assert fill["token"] == other["token"]

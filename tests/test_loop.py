@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mlm_scratch.checkpoint import checkpoints, find_fault
-from mlm_scratch.loop import train
+from mlm_scratch.loop import run_steps, train
 from mlm_scratch.recipes import resolve
+from mlm_scratch.report import Report
+from mlm_scratch.run_dir import new_run_dir
+from mlm_scratch.setup import prepare
+from mlm_scratch.signals import StopRequest
 from tests.tiny import SENTENCES, save_roberta
 
 
@@ -65,7 +70,12 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
     assert all(torch.equal(saved[name], model_weight) for name, model_weight in
                weights(run_dir / f"checkpoint-{total}").items())
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run_dir / "logs").glob("events.out.tfevents.*"))
+    curves = EventAccumulator(str(run_dir / "logs")).Reload()
+    assert set(curves.Tags()["scalars"]) == {
+        "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second",
+        "eval/loss", "eval/perplexity", "eval/accuracy",
+    }  # fmt: skip
+    assert [event.value for event in curves.Scalars("train/loss")] == pytest.approx(losses)
     notes = json.loads((run_dir / "run.json").read_text())
     assert notes["config"]["epochs"] == 10 and notes["versions"]["torch"] == torch.__version__
     assert "RobertaForMaskedLM" in capsys.readouterr().out
@@ -86,15 +96,33 @@ def test_accumulation_changes_nothing_but_memory(files, batch_size, accumulate):
     """
     no_dropout = files / "no-dropout"
     save_roberta(no_dropout, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    settings = {"model": str(no_dropout), "log_every": 1, "lr": 1e-20, "grouping": "lines"}
-    whole = metrics(train(config(files, **settings, batch_size=32)))
-    parts = metrics(train(
+    settings = {
+        "model": str(no_dropout), "log_every": 1, "lr": 1e-20, "max_grad_norm": 1e9,
+        "grouping": "lines",
+    }  # fmt: skip
+    whole = lines_and_gradients(config(files, **settings, batch_size=32))
+    parts = lines_and_gradients(
         config(files, **settings, batch_size=batch_size, accumulate=accumulate)
-    ))
+    )
     assert len(whole) == len(parts) == 4
-    for one, many in zip(whole, parts, strict=True):
+    for (one, gradient), (many, summed) in zip(whole, parts, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
         assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
+        assert (summed - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def lines_and_gradients(settings):
+    """The metrics of each step of a run, and the gradient it handed to the optimizer."""
+    t = prepare(settings, None)
+    gradients = []
+    t.optimizer.register_step_pre_hook(lambda *_: gradients.append(
+        torch.cat([p.grad.flatten() for p in t.model.parameters() if p.grad is not None])
+    ))
+    run_dir = new_run_dir(settings)
+    run_dir.mkdir(parents=True)
+    with Report(run_dir, 0, t.total_steps, t.loader.steps_per_epoch) as report:
+        run_steps(t, run_dir, report, StopRequest())
+    return list(zip(metrics(run_dir), gradients, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -188,3 +216,17 @@ def test_a_step_without_masked_tokens_changes_nothing(files):
         old, new = (torch.load(path / "training_state.pt") for path in (before, after))
         assert_same(old["optimizer"], new["optimizer"])
         assert_same(old["scheduler"], new["scheduler"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_compiled_model_learns_the_same(files, device):
+    """The compiled code reads the positions of each batch, not those of the first one."""
+    one_layer = files / "one-layer"
+    save_roberta(
+        one_layer, num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    settings = {"model": str(one_layer), "max_steps": 4, "log_every": 1, "device": device}
+    plain = metrics(train(config(files, **settings)))
+    compiled = metrics(train(config(files, **settings, compile=True)))
+    for one, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
