@@ -1,7 +1,7 @@
 """Fill the masks of a text, first as the pipeline does it, then step by step.
 
     python infer.py "The Milky Way is a <mask> galaxy."
-    python infer.py --top-k 3 --json "Paris is the <mask> of France." < more_texts.txt
+    python infer.py --top-k 3 --json < texts.txt
 """
 
 import argparse

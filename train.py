@@ -17,6 +17,7 @@ from mlm_scratch.recipes import RECIPES, TrainConfig, resolve
 def main() -> None:
     """Parse, choose a recipe, train, say where the result is."""
     given = vars(parse_arguments())  # only what was named on the command line
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
     if resume:
         from mlm_scratch.run_dir import resumed_config

@@ -50,19 +50,21 @@ def save_checkpoint(
         torch.save(state, unfinished / STATE)
 
     _write_directory(directory, write)
-    for old in checkpoints(run_dir)[keep:]:
+    # Later ones are left from before a resume, damaged perhaps: this run will write them again.
+    for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][keep:]:
         shutil.rmtree(old)
     return directory
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    steps = {
-        int(number): path
-        for path in run_dir.glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isdigit()
-    }
-    return [steps[number] for number in sorted(steps, reverse=True)]
+    found = [p for p in run_dir.glob("checkpoint-*") if p.name.split("-", 1)[1].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps done when checkpoint-<step> was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_valid_checkpoint(run_dir: Path) -> Path | None:

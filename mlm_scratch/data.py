@@ -10,14 +10,15 @@ memory stays flat however long the text is. The finished directory is kept under
 tokenizer and settings; the next run with the same three starts at once.
 """
 
+import glob
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,12 @@ class Documents:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[str]:
-        for row in self.rows.select_columns(self.path[0]):
-            text = self._pick(row, self.path)
+        column = self.rows.select_columns(self.path[0])
+        values = chain.from_iterable(part[self.path[0]] for part in column.iter(TEXTS_PER_BATCH))
+        for number, value in enumerate(values):
+            text = self._pick(value, self.path[1:])
             if "\0" in text:
-                raise UserError(f"{self.source} is not text: it holds NUL characters")
+                raise UserError(f"document {number} of {self.source} holds a NUL: it is not text")
             yield text
 
     def _pick(self, value: Any, path: list[str]) -> str:
@@ -96,6 +99,8 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     if config.train_file:
         rows, source = _load_files(config.train_file, config.split), config.train_file[0]
     elif config.dataset == BUNDLED:
+        if config.split != "train":
+            raise UserError("--split: the bundled corpus has only the split train")
         rows, source = datasets.Dataset.from_list(list(corpus.rows())), "the bundled corpus"
     else:
         source = f"data set {config.dataset}"
@@ -125,7 +130,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
 def _load_files(paths: tuple[str, ...], split: str) -> datasets.Dataset:
     kinds = set()
     for path in map(Path, paths):
-        suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+        suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
         if suffix not in FILE_KINDS:
             raise UserError(f"{path}: unknown kind of file; use {', '.join(FILE_KINDS)} (or .gz)")
         if not path.is_file():
@@ -135,15 +140,17 @@ def _load_files(paths: tuple[str, ...], split: str) -> datasets.Dataset:
         kinds.add(FILE_KINDS[suffix])
     if len(kinds) > 1:
         raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
-    return _load(paths[0], kinds.pop(), data_files=list(map(str, paths)), split=split)
+    # The library reads a path as a pattern: x[1].txt would mean x1.txt.
+    return _load(paths[0], kinds.pop(), data_files=list(map(glob.escape, paths)), split=split)
 
 
 def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*args, **kwargs)
     except (
-        datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError
-    ) as error:
+        datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError,
+        RuntimeError,  # a data set that is a script
+    ) as error:  # fmt: skip
         while error.__cause__ is not None:  # datasets wraps the parser's own error
             error = error.__cause__
         raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
@@ -158,12 +165,13 @@ class TokenRows:
 
     tokens: (total,) ids, memory-mapped. starts: (rows + 1,) int64.
     word_starts: (total,) bool, true where the text has a gap before the token; only with whole
-    words.
+    words. text_digest: says whether two runs have read the same text.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     word_starts: np.ndarray | None = None
+    text_digest: str = ""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -176,10 +184,13 @@ def prepare_rows(
 
     Raises UserError if there is not enough text for one row.
     """
-    directory = cache_dir() / _cache_key(documents, tokenizer, config)
-    if not directory.exists():
+    text_digest = _text_digest(documents)
+    directory = cache_dir() / _cache_key(text_digest, tokenizer, config)
+    if not _is_whole(directory):
+        shutil.rmtree(directory, ignore_errors=True)
         _write_rows(directory, documents, tokenizer, config)
     rows = _open_rows(directory, config)
+    rows.text_digest = text_digest
     if len(rows) == 0:
         raise UserError(
             f"{documents.source} gives {len(rows.tokens)} tokens, too few for one row of "
@@ -193,12 +204,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MLM_SCRATCH_CACHE") or Path.home() / ".cache" / "mlm_scratch")
 
 
-def _cache_key(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> str:
+def _text_digest(documents: Documents) -> str:
+    digest = hashlib.sha256()
+    for text in documents:
+        raw = text.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps documents apart
+    return digest.hexdigest()
+
+
+def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> str:
     """A digest of all that decides what the files contain."""
     digest = hashlib.sha256()
     settings = {
+        "text": text_digest,
         "block_size": config.block_size if config.grouping == "lines" else None,
         "grouping": config.grouping,
         "whole_word": config.whole_word,
@@ -211,9 +229,6 @@ def _cache_key(
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
     else:
         digest.update(json.dumps([repr(tokenizer), sorted(tokenizer.get_vocab().items())]).encode())
-    for text in documents:
-        raw = text.encode("utf-8", "surrogatepass")
-        digest.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps documents apart
     return digest.hexdigest()[:32]
 
 
@@ -241,7 +256,8 @@ def _write_rows(
                 starts_file.write(np.int64(total).tobytes())
                 total += len(ids)
             starts_file.write(np.int64(total).tobytes())
-        meta = {"dtype": np.dtype(dtype).name, "tokens": total, "documents": len(documents)}
+        sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+        meta = {"dtype": np.dtype(dtype).name, "tokens": total, "sizes": sizes}
         (unfinished / "meta.json").write_text(json.dumps(meta))
         os.rename(unfinished, directory)
     except OSError:
@@ -261,10 +277,15 @@ def tokenize(
     the reference.
     """
     lines, whole_word = config.grouping == "lines", config.whole_word
+    if whole_word and not tokenizer.is_fast:
+        raise UserError(
+            f"--whole-word: the tokenizer of {config.model} does not tell where its tokens lie in "
+            "the text"
+        )
     texts = iter(progress_bar(documents, desc="tokenizing", unit=" documents", leave=False))
     if lines:
         texts = (text for text in texts if text.strip())
-    while batch := list(itertools.islice(texts, TEXTS_PER_BATCH)):
+    while batch := list(islice(texts, TEXTS_PER_BATCH)):
         encoding = tokenizer(
             batch,
             truncation=lines,
@@ -274,14 +295,30 @@ def tokenize(
             return_offsets_mapping=whole_word,
             verbose=False,  # no warning about documents over the model's limit: they are cut here
         )
-        for document, ids in enumerate(encoding["input_ids"]):
-            yield ids, _word_starts(encoding["offset_mapping"][document] if whole_word else [])
+        for number, ids in enumerate(encoding["input_ids"]):
+            spans = encoding["offset_mapping"][number] if whole_word else []
+            yield ids, _word_starts(batch[number], spans)
+    if lines and tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # not to be saved with the model
 
 
-def _word_starts(spans: list[tuple[int, int]]) -> list[bool]:
-    """For each token, whether its span of characters does not touch the one before."""
+def _word_starts(text: str, spans: list[tuple[int, int]]) -> list[bool]:
+    """For each token, whether there is a gap before it: its span of characters does not touch the
+    one before, or (some tokenizers count the gap in) begins with a space."""
     ends = [-1, *(end for _, end in spans)][: len(spans)]
-    return [start != end for (start, _), end in zip(spans, ends, strict=True)]
+    return [
+        start != end_before or text[start : start + 1].isspace()
+        for (start, _), end_before in zip(spans, ends, strict=True)
+    ]
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether the files are there and as long as was noted when they were written."""
+    try:
+        sizes = json.loads((directory / "meta.json").read_text())["sizes"]
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
@@ -294,8 +331,7 @@ def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
         return np.memmap(directory / name, dtype=dtype, mode="r", shape=(length,))
 
     if config.grouping == "lines":
-        documents = (directory / "starts.bin").stat().st_size // 8
-        starts = open_flat("starts.bin", np.int64, documents)  # (rows + 1,)
+        starts = open_flat("starts.bin", np.int64, meta["sizes"]["starts.bin"] // 8)  # (rows + 1,)
     else:
         rows = total // config.block_size  # what is left over is shorter than a block: dropped
         starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)

@@ -70,27 +70,33 @@ def _fill_one(
     scores, choices = probabilities.topk(top_k)  # (M, k), (M, k)
     tokens = choices if target_ids is None else target_ids[choices]  # (M, k)
 
-    one_mask = len(mask_index) == 1
     fills = []
     for index, mask_scores, mask_tokens in zip(
         mask_index.tolist(), scores.tolist(), tokens.tolist(), strict=True
     ):
-        row = []
-        for score, token in zip(mask_scores, mask_tokens, strict=True):
-            filled = input_ids.clone()  # (T,)
-            filled[index] = token
-            if tokenizer.pad_token_id is not None:
-                filled = filled[filled != tokenizer.pad_token_id]
-            # With several masks the others are still there, and are special tokens too.
-            sequence = tokenizer.decode(filled, skip_special_tokens=one_mask)
-            row.append({
+        fills.append([
+            {
                 "score": score,
                 "token": token,
                 "token_str": tokenizer.decode([token]),
-                "sequence": sequence,
-            })
-        fills.append(row)
-    return fills[0] if one_mask else fills
+                "sequence": fill_in(tokenizer, input_ids, index, token),
+            }
+            for score, token in zip(mask_scores, mask_tokens, strict=True)
+        ])
+    return fills[0] if len(fills) == 1 else fills
+
+
+def fill_in(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, index: int, token: int
+) -> str:
+    """The sentence of input_ids, (T,), with `token` at `index`."""
+    filled = input_ids.clone()  # (T,)
+    filled[index] = token
+    if tokenizer.pad_token_id is not None:
+        filled = filled[filled != tokenizer.pad_token_id]
+    # Masks are special tokens: where several had to be filled, the others are to be seen.
+    one_mask = (input_ids == tokenizer.mask_token_id).sum() == 1
+    return tokenizer.decode(filled, skip_special_tokens=bool(one_mask))
 
 
 @torch.no_grad()
@@ -157,14 +163,12 @@ def walk_through(
     yield f"input_ids   {input_ids.tolist()}"
     yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids)}"
     yield f"mask index  {mask_index.tolist()}"
-    yield f"logits      {tuple(probabilities.shape)} at the mask: one score per vocabulary entry"
+    yield f"softmax     {tuple(probabilities.shape)}: for each mask, a probability per token"
     for index, row in zip(mask_index.tolist(), probabilities, strict=True):
         scores, tokens = row.topk(top_k)  # (k,), (k,)
         yield f"top {top_k} at {index}  {tokens.tolist()}"
         for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
-            filled = input_ids.clone()  # (T,)
-            filled[index] = token
-            yield f"  {score:.4f}  {tokenizer.decode(filled, skip_special_tokens=True)}"
+            yield f"  {score:<9.4g} {fill_in(tokenizer, input_ids, index, token)}"
 
 
 def _shortened(text: Any) -> str:

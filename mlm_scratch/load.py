@@ -72,7 +72,7 @@ def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
     if info["missing_keys"]:
         raise UserError(
             f"{name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}: not a "
-            "masked-language model, or one without its head"
+            "masked-language model, or one without its head (--init scratch starts at random)"
         )
     return model
 

@@ -8,7 +8,7 @@ the number of masked tokens of the whole step is known before its first backward
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ class Batch(NamedTuple):
     positions: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`. From pinned memory the copies do not stop the CPU."""
-        if device.type == "cuda":
-            return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
-        return self
+        """The same batch on `device`. Copies from pinned memory do not make the CPU wait."""
+        if device.type == "cpu":
+            return self
+        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """Cut into batches of `rows` rows (the last may be shorter)."""
@@ -59,25 +59,19 @@ class Collator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig):
-        self.pad_token_id = tokenizer.pad_token_id or 0  # without one, rows are never padded
+        self.config = config
+        self.mask_token_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
+        self.pad_token_id = tokenizer.pad_token_id or 0  # any will do: attention_mask hides it
         self.special_ids = torch.tensor(tokenizer.all_special_ids)  # (S,)
-        self.masking: dict[str, Any] = {
-            "mask_token_id": tokenizer.mask_token_id,
-            "vocab_size": len(tokenizer),
-            "mlm_probability": config.mlm_probability,
-            "mask_replace_prob": config.mask_replace_prob,
-            "random_replace_prob": config.random_replace_prob,
-            "generator": torch.Generator().manual_seed(config.seed),
-        }
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The source of the masks; its state belongs to the position of a run."""
-        return self.masking["generator"]
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, rows: TokenRows, indices: np.ndarray) -> Batch:
-        """Pad rows[indices] to their longest (B, T), and mask."""
-        starts, lengths = rows.starts[indices], np.diff(rows.starts)[indices]  # (B,)
+        """Pad rows[indices] to their longest, (B, T), and mask.
+
+        Row i is rows.tokens[rows.starts[i] : rows.starts[i + 1]].
+        """
+        starts = rows.starts[indices]  # (B,)
+        lengths = rows.starts[indices + 1] - starts  # (B,)
         columns = np.arange(lengths.max())  # (T,)
         is_token = columns < lengths[:, None]  # (B, T)
         source = np.where(is_token, starts[:, None] + columns, 0)  # (B, T) where each token lies
@@ -91,7 +85,17 @@ class Collator:
         if rows.word_starts is not None:
             starts_word = torch.from_numpy(rows.word_starts[source])  # (B, T)
             word_ids = word_ids_from_starts(starts_word, special)  # (B, T)
-        input_ids, labels = mask_tokens(input_ids, special, word_ids=word_ids, **self.masking)
+        input_ids, labels = mask_tokens(  # (B, T), (B, T)
+            input_ids,
+            special,
+            mask_token_id=self.mask_token_id,
+            vocab_size=self.vocab_size,
+            mlm_probability=self.config.mlm_probability,
+            mask_replace_prob=self.config.mask_replace_prob,
+            random_replace_prob=self.config.random_replace_prob,
+            word_ids=word_ids,
+            generator=self.generator,
+        )
         return Batch(input_ids, attention_mask, labels, masked_positions(labels))
 
 

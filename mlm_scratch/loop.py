@@ -6,6 +6,7 @@
 the settings to a finished run directory; what is built before the first step is in setup.py.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,13 @@ from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.report import Report, draw_losses
-from mlm_scratch.run_dir import LATEST, new_run_dir, point_latest_to, write_run_json
+from mlm_scratch.run_dir import (
+    LATEST,
+    check_output_dir,
+    make_run_dir,
+    point_latest_to,
+    write_run_json,
+)
 from mlm_scratch.setup import LOST_STEPS_IN_A_ROW, Training, prepare
 from mlm_scratch.signals import StopRequest
 
@@ -30,11 +37,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     Raises UserError for what the user can mend; SystemExit(128 + signal) after a stop signal, once
     a checkpoint is written.
     """
-    run_dir = Path(config.output_dir or LATEST) if resume else new_run_dir(config)
-    checkpoint = newest_valid_checkpoint(run_dir) if resume else None
-    t = prepare(config, checkpoint)
+    if resume:
+        run_dir = Path(config.output_dir or LATEST)
+        t = prepare(config, newest_valid_checkpoint(run_dir))
+    else:
+        check_output_dir(config)
+        t = prepare(config)
+        run_dir = make_run_dir(config)  # only now that nothing is wrong with text and model
     write_run_json(config, run_dir)
     point_latest_to(run_dir)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # the result of a run to be continued
     print(f"run: {run_dir}, steps {t.steps_done} to {t.total_steps}", flush=True)
     with (
         StopRequest() as stop,
@@ -53,40 +65,44 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
 
 def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> None:
-    """Run the optimizer steps that are left, or up to the first one after a stop signal."""
-    config, net, optimizer, scaler, scheduler = t.config, t.net, t.optimizer, t.scaler, t.scheduler
+    """Run the optimizer steps that are left, or up to the first one after a stop signal.
+
+    t: the run in memory. t.net is its model, with the head on masked positions only.
+    """
+    config, net, optimizer, scaler = t.config, t.net, t.optimizer, t.scaler
 
     for step in t.loader.steps(t.steps_done, t.total_steps):
         # ---- One optimizer step
-        learning_rate = scheduler.get_last_lr()[0]
-        step_loss = torch.zeros_like(t.loss_since_log)
+        learning_rate = t.scheduler.get_last_lr()[0]
+        step_loss = torch.zeros((), device=t.precision.device)  # () nats per masked token
         for batch in step.batches:
             with t.precision.autocast():
-                loss_sum, _ = masked_lm_loss(net, **batch._asdict(), dense=config.dense_head)
+                loss_sum, _ = masked_lm_loss(
+                    net, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T) each
+                    positions=batch.positions, dense=config.dense_head,  # (N,)
+                )  # fmt: skip
             # Divided by the masked tokens of the whole step, not of this batch: then the gradients
             # add up to those of one large batch, however it was split.
-            loss = loss_sum / max(step.n_masked, 1)
+            loss = loss_sum / max(step.n_masked, 1)  # ()
             scaler.scale(loss).backward()  # larger, so that small fp16 gradients do not become 0
             step_loss += loss.detach()
 
-        grad_norm = torch.zeros_like(step_loss)
+        grad_norm = torch.zeros_like(step_loss)  # ()
         if step.n_masked > 0:  # else all gradients are 0, but AdamW would follow its momentum
             scaler.unscale_(optimizer)  # before measuring: the norm to clip is the true one
-            grad_norm = clip_grad_norm_(net.parameters(), config.max_grad_norm)
+            grad_norm = clip_grad_norm_(net.parameters(), config.max_grad_norm)  # ()
             scale = scaler.get_scale()
             scaler.step(optimizer)  # not taken where a gradient overflowed
             scaler.update()  # half the scale after an overflow, twice after 2,000 good steps
             if scaler.get_scale() >= scale:  # a step not taken does not count for the schedule
-                scheduler.step()
+                t.scheduler.step()
         optimizer.zero_grad()
-        t.steps_done += 1
-        t.count_loss(step_loss)
+        t.count_step(step_loss)
         report.advance(step.n_tokens)
 
         # ---- Once in a while
         if t.steps_done % config.log_every == 0:
-            loss = t.take_mean_loss()
-            report.log(t.steps_done, loss, learning_rate, grad_norm.item())
+            report.log(t.steps_done, t.take_mean_loss(), learning_rate, grad_norm.item())
         if t.steps_done % min(config.log_every, LOST_STEPS_IN_A_ROW) == 0:
             t.stop_if_lost()
         if t.eval_rows is not None and t.due(config.eval_every or t.loader.steps_per_epoch):

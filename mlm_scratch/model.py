@@ -76,7 +76,7 @@ def masked_lm_loss(
 
     Source: the loss of transformers' *ForMaskedLM models, which is this sum over this number.
     """
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, MaskedLM):
         wrapped = MaskedLM(model)
         try:
             return masked_lm_loss(

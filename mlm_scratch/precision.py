@@ -41,10 +41,12 @@ def choose_precision(device_name: str, precision: str) -> Precision:
     try:
         device = torch.device(device_name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {device_name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device_name} cannot be used: only cpu and cuda can")
     if precision == "auto":
         if device.type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -89,7 +89,10 @@ def _forget_after(last_step: int, metrics: Path) -> None:
     kept = 0
     with metrics.open("rb+") as file:
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
+                    break
+            except (ValueError, KeyError, TypeError):  # not a line of ours: nor what follows it
                 break
             kept += len(line)
         file.truncate(kept)

@@ -1,6 +1,8 @@
 """Where a run lives: names that never collide, run.json, and runs/latest."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import platform
@@ -18,31 +20,43 @@ RUN_JSON = "run.json"
 
 # What a resumed run may do otherwise than it began; anything else would make it another run.
 MAY_CHANGE = {
-    "epochs", "max_steps", "log_every", "save_every", "keep", "eval_every", "eval_batch_size",
+    "epochs", "max_steps", "log_every", "save_every", "keep", "eval_every",
     "device", "precision", "compile", "output_dir",
 }
 
 
-def new_run_dir(config: TrainConfig) -> Path:
-    """A directory for a new run, not made yet: --output-dir or the next free runs/<recipe>-N.
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise UserError where --output-dir holds a run or cannot be a directory."""
+    if config.output_dir is None:
+        return
+    run_dir = Path(config.output_dir)
+    if (run_dir / RUN_JSON).exists():
+        raise UserError(
+            f"{run_dir} already holds a run: add --resume to go on with it, or name another "
+            "--output-dir"
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--output-dir {run_dir} is not a directory")
 
-    Raises UserError where --output-dir holds a run or is not a directory.
+
+def make_run_dir(config: TrainConfig) -> Path:
+    """Make the directory of a new run: --output-dir, or the first free runs/<recipe>-N.
+
+    Raises UserError where it cannot be made, or where another run has taken it meanwhile.
     """
-    if config.output_dir is not None:
-        run_dir = Path(config.output_dir)
-        if (run_dir / RUN_JSON).exists():
-            raise UserError(
-                f"{run_dir} already holds a run: add --resume to go on with it, or name another "
-                "--output-dir"
-            )
-        if run_dir.exists() and not run_dir.is_dir():
-            raise UserError(f"--output-dir {run_dir} is not a directory")
-        return run_dir
-    run_dir, number = RUNS / config.recipe, 1
-    while run_dir.exists():
-        number += 1
-        run_dir = RUNS / f"{config.recipe}-{number}"
-    return run_dir
+    try:
+        if config.output_dir is not None:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            check_output_dir(config)
+            return Path(config.output_dir)
+        RUNS.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            run_dir = RUNS / (config.recipe if number == 1 else f"{config.recipe}-{number}")
+            with contextlib.suppress(FileExistsError):
+                run_dir.mkdir()  # of two runs that start at once, one gets this name
+                return run_dir
+    except OSError as error:
+        raise UserError(f"cannot make the run directory: {error}") from error
 
 
 def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConfig:
@@ -64,11 +78,14 @@ def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConf
                 f"--resume: this run was begun with {name} {saved.get(name)!r}, not {value!r}; "
                 "begin a new run for that"
             )
-    return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
+    try:
+        return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
+    except TypeError as error:  # a setting that there is not, or no longer
+        raise UserError(f"--resume: {run_dir} was begun by another version: {error}") from error
 
 
 def write_run_json(config: TrainConfig, run_dir: Path) -> None:
-    """Make the run directory and note what the run was told and what it ran on."""
+    """Note what the run was told and what it runs on."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
@@ -76,7 +93,6 @@ def write_run_json(config: TrainConfig, run_dir: Path) -> None:
         | {"python": platform.python_version()},
     }
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         unfinished = run_dir / f".{RUN_JSON}"
         unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         os.replace(unfinished, run_dir / RUN_JSON)

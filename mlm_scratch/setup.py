@@ -45,14 +45,17 @@ class Training:
     loss_since_log: Tensor  # () the losses of the steps since the last log
     lost_in_a_row: Tensor  # () the steps up to now whose loss was NaN or infinite
     lost_steps: Tensor  # () all such steps of the run
+    steps_since_log: int = 0
     steps_done: int = 0
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps (0: only at the end) is due now."""
         return self.steps_done == self.total_steps or (every > 0 and self.steps_done % every == 0)
 
-    def count_loss(self, step_loss: Tensor) -> None:
-        """Add the loss of a step to the sums, without reading it."""
+    def count_step(self, step_loss: Tensor) -> None:
+        """One optimizer step is done. Its loss is added to the sums without being read."""
+        self.steps_done += 1
+        self.steps_since_log += 1
         lost = ~step_loss.isfinite()
         self.loss_since_log += step_loss
         self.lost_steps += lost
@@ -61,8 +64,9 @@ class Training:
 
     def take_mean_loss(self) -> float:
         """The mean step loss since the last log. Here, once in a while, the CPU waits."""
-        loss = self.loss_since_log.item() / self.config.log_every
+        loss = self.loss_since_log.item() / self.steps_since_log
         self.loss_since_log.zero_()
+        self.steps_since_log = 0
         return loss
 
     def stop_if_lost(self, in_a_row: int = LOST_STEPS_IN_A_ROW) -> None:
@@ -70,14 +74,14 @@ class Training:
         if (lost := self.lost_in_a_row.item()) >= in_a_row:
             raise UserError(
                 f"the loss was NaN or infinite in the last {lost} steps, up to step "
-                f"{self.steps_done}; the last good checkpoint is kept: begin a new run with a "
+                f"{self.steps_done}; checkpoints from before are kept: begin a new run with a "
                 "lower --lr, or with --precision bf16 or fp32 instead of fp16"
             )
 
     def save(self, run_dir: Path) -> None:
-        """Write a checkpoint, but never of weights that the last step may have spoilt."""
-        if self.lost_in_a_row.item() > 0:
-            print(f"warning: the loss of step {self.steps_done} is NaN or infinite: not saved",
+        """Write a checkpoint, but never in the place of a good one: NaN weights are not saved."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            print(f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
                   file=sys.stderr)
             return
         save_checkpoint(
@@ -90,32 +94,48 @@ class Training:
         device = self.precision.device
         return {
             "steps_done": self.steps_done,
+            "steps_since_log": self.steps_since_log,
             "loss_since_log": self.loss_since_log,
             "lost_steps": self.lost_steps,
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduled_steps": self.scheduler.last_epoch,  # without those not taken
             "scaler": self.scaler.state_dict(),
             "mask_generator": self.loader.collator.generator.get_state(),
+            "text_digest": self.loader.rows.text_digest,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the weights come with the model."""
+        """Go on where `state_dict` was taken; the weights come with the model.
+
+        Raises UserError if the text is not the one that the run was begun with.
+        """
         device = self.precision.device
+        if state["text_digest"] != self.loader.rows.text_digest:
+            raise UserError("--resume: the training text has changed since; begin a new run")
         self.steps_done = state["steps_done"]
+        if self.total_steps < self.steps_done:
+            raise UserError(
+                f"--resume: the run has {self.steps_done} steps already, more than the "
+                f"{self.total_steps} asked for"
+            )
+        self.steps_since_log = state["steps_since_log"]
         self.loss_since_log.copy_(state["loss_since_log"])
         self.lost_steps.copy_(state["lost_steps"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        # Made anew rather than loaded: where the run was made longer, the rate is another one.
+        schedule = self.scheduler.lr_lambdas[0]
+        self.scheduler = LambdaLR(self.optimizer, schedule, state["scheduled_steps"] - 1)
+        if state["scaler"]:  # empty unless the run was in fp16 until now
+            self.scaler.load_state_dict(state["scaler"])
         self.loader.collator.generator.set_state(state["mask_generator"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], device)
 
 
-def prepare(config: TrainConfig, checkpoint: Path | None) -> Training:
+def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Training:
     """Load text and model and build all that the loop needs; with a checkpoint, as it was there."""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     precision = choose_precision(config.device, config.precision)

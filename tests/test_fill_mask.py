@@ -75,7 +75,10 @@ def test_step_by_step_shows_the_same_fills():
     lines = "\n".join(walk_through(model, tokenizer, ONE, top_k=3))
     assert str(tokenizer(ONE)["input_ids"]) in lines
     for fill in fill_mask(model, tokenizer, ONE, top_k=3):
-        assert f"{fill['score']:.4f}  {fill['sequence']}" in lines
+        assert f"{fill['score']:<9.4g} {fill['sequence']}" in lines
+    for mask_fills in fill_mask(model, tokenizer, CASES["several masks"][0], top_k=2):
+        lines = "\n".join(walk_through(model, tokenizer, CASES["several masks"][0], top_k=2))
+        assert all(fill["sequence"] in lines for fill in mask_fills)
 
 
 @pytest.mark.cuda

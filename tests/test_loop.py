@@ -15,7 +15,7 @@ from mlm_scratch.checkpoint import checkpoints, find_fault
 from mlm_scratch.loop import run_steps, train
 from mlm_scratch.recipes import resolve
 from mlm_scratch.report import Report
-from mlm_scratch.run_dir import new_run_dir
+from mlm_scratch.run_dir import make_run_dir
 from mlm_scratch.setup import prepare
 from mlm_scratch.signals import StopRequest
 from tests.tiny import SENTENCES, save_roberta
@@ -113,13 +113,12 @@ def test_accumulation_changes_nothing_but_memory(files, batch_size, accumulate):
 
 def lines_and_gradients(settings):
     """The metrics of each step of a run, and the gradient it handed to the optimizer."""
-    t = prepare(settings, None)
+    t = prepare(settings)
     gradients = []
     t.optimizer.register_step_pre_hook(lambda *_: gradients.append(
         torch.cat([p.grad.flatten() for p in t.model.parameters() if p.grad is not None])
     ))
-    run_dir = new_run_dir(settings)
-    run_dir.mkdir(parents=True)
+    run_dir = make_run_dir(settings)
     with Report(run_dir, 0, t.total_steps, t.loader.steps_per_epoch) as report:
         run_steps(t, run_dir, report, StopRequest())
     return list(zip(metrics(run_dir), gradients, strict=True))
@@ -199,7 +198,7 @@ def test_every_way_of_training_runs_and_stays_finite(files, settings):
     run_dir = train(config(files, log_every=1, **settings))
     losses = [line["loss"] for line in metrics(run_dir)]
     assert all(0 <= loss < 10 for loss in losses)
-    assert len(losses) == {5: 5}.get(settings.get("max_steps"), len(losses)) > 3
+    assert len(losses) == (5 if "max_steps" in settings else len(losses)) > 3
 
 
 def test_a_step_without_masked_tokens_changes_nothing(files):
@@ -215,7 +214,7 @@ def test_a_step_without_masked_tokens_changes_nothing(files):
             assert torch.equal(weights(after)[name], weight)
         old, new = (torch.load(path / "training_state.pt") for path in (before, after))
         assert_same(old["optimizer"], new["optimizer"])
-        assert_same(old["scheduler"], new["scheduler"])
+        assert old["scheduled_steps"] == new["scheduled_steps"]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
