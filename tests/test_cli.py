@@ -94,6 +94,8 @@ def test_resume_takes_the_settings_of_the_run(files, call):
     assert code == 0 and "steps 4 to 8" in out
     saved = json.loads(Path("runs/latest/run.json").read_text())["config"]
     assert saved["seed"] == 5 and saved["max_steps"] == 8
+    code, out, _ = call(train, *basic(files), "--resume", "--max-steps", 9)  # the same line again
+    assert code == 0 and "steps 8 to 9" in out
     code, _, err = call(train, "--resume", "--seed", 6)
     assert code == 2 and "begun with seed 5, not 6" in err
 

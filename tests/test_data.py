@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tokenizers import processors
 
 from mlm_scratch import data
 from mlm_scratch.data import Documents, load_documents, prepare_rows
@@ -120,6 +121,48 @@ def test_rows_lie_in_mapped_files_and_are_found_again(tmp_path, monkeypatch):
     assert len(prepare_rows(documents, TOKENIZER, replace(settings, block_size=16))) < len(rows)
     with pytest.raises(AssertionError, match="tokenized twice"):
         prepare_rows(documents, TOKENIZER, replace(settings, whole_word=False))
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_words_begin_at_gaps_whether_or_not_offsets_count_them_in(tmp_path, trim_offsets):
+    tokenizer = byte_level_tokenizer()
+    if not trim_offsets:  # as in the tokenizers of many models
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    write_text(tmp_path / "a.txt", ["Unbelievable misunderstandings, Milky Way!"])
+    settings = config(tmp_path / "a.txt", whole_word=True, grouping="lines")
+    rows = prepare_rows(load_documents(settings)[0], tokenizer, settings)
+    words, tokens = [], tokenizer.convert_ids_to_tokens(rows.tokens.tolist())
+    for token, starts in zip(tokens[1:-1], rows.word_starts[1:-1], strict=True):
+        words += [""] if starts or not words else []  # <s> counts as a gap later on
+        words[-1] += token.replace("Ġ", "")
+    assert words == ["Unbelievable", "misunderstandings,", "Milky", "Way!"]
+    assert len(tokens) > 10  # the words really are of several pieces
+
+
+def test_a_file_cut_short_in_the_cache_is_written_again(tmp_path):
+    write_text(tmp_path / "a.txt", [*SENTENCES, "cut short"])
+    settings = config(tmp_path / "a.txt", block_size=8)
+    documents, _ = load_documents(settings)
+    expected = prepare_rows(documents, TOKENIZER, settings).tokens.tolist()
+    for path in data.cache_dir().glob("*/tokens.bin"):
+        path.write_bytes(path.read_bytes()[:-3])
+    assert prepare_rows(documents, TOKENIZER, settings).tokens.tolist() == expected
+
+
+def test_a_file_name_is_not_a_pattern(tmp_path):
+    write_text(tmp_path / "x[1].txt", ["this one"])
+    write_text(tmp_path / "x1.txt", ["not this one"])
+    assert list(load_documents(config(tmp_path / "x[1].txt"))[0]) == ["this one"]
+
+
+def test_a_data_set_that_is_a_script_is_not_run(tmp_path):
+    script = tmp_path / "script"
+    script.mkdir()
+    (script / "script.py").write_text("raise SystemExit('it was run')")
+    with pytest.raises(UserError, match=r"cannot load data set .*script"):
+        load_documents(resolve("tutorial", {"dataset": str(script)}))
 
 
 def test_what_was_written_half_is_not_used(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+import infer
 from mlm_scratch.checkpoint import checkpoints, find_fault
+from mlm_scratch.errors import UserError
 from mlm_scratch.loop import run_steps, train
 from mlm_scratch.recipes import resolve
 from mlm_scratch.report import Report
@@ -168,6 +171,62 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(files):
     shutil.copytree(whole, "stopped", ignore=shutil.ignore_patterns("checkpoint-*", "model"))
     resumed = train(config(files, output_dir="stopped"), resume=True)
     assert (resumed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_a_resumed_run_may_change_its_length_log_interval_and_precision(files):
+    """The schedule of the longer run holds from the next step on; the loss is a mean over the
+    steps since the last log, however many they are."""
+    settings = config(files, output_dir="run", max_steps=4, log_every=10)
+    train(settings)
+    longer = replace(settings, max_steps=8, log_every=5, precision="fp16")
+    train(longer, resume=True)
+    (line,) = metrics(Path("run"))
+    assert line["step"] == 5 and line["learning_rate"] == pytest.approx(1e-3 * (8 - 4) / 8)
+    assert 5 < line["loss"] < 6.5
+    assert checkpoints(Path("run"))[0].name == "checkpoint-8"
+    with pytest.raises(UserError, match="has 8 steps already, more than the 6 asked for"):
+        train(replace(settings, max_steps=6), resume=True)
+
+
+def test_a_run_is_not_resumed_on_another_text(files, tmp_path):
+    text = tmp_path / "a.txt"
+    shutil.copy(files / "a.txt", text)
+    settings = config(files, output_dir="run", max_steps=4, train_file=(str(text),))
+    train(settings)
+    text.write_text(text.read_text().replace("0:", "9:"))
+    with pytest.raises(UserError, match="the training text has changed"):
+        train(replace(settings, max_steps=6), resume=True)
+
+
+def test_rotation_never_takes_the_one_valid_checkpoint(files):
+    settings = config(files, output_dir="run", max_steps=15, save_every=5, keep=1)
+    train(settings)
+    (newest,) = checkpoints(Path("run"))
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    train(replace(settings, max_steps=10), resume=True)  # from the beginning: nothing is valid
+    valid = [path.name for path in checkpoints(Path("run")) if find_fault(path) is None]
+    assert valid == ["checkpoint-10"]
+
+
+def test_a_run_that_goes_on_has_no_final_model_yet(files, monkeypatch):
+    settings = config(files, output_dir="run", max_steps=4, save_every=5)
+    train(settings)
+    assert Path("run/model").is_dir()
+
+    def stop(*args):
+        raise SystemExit(143)
+
+    monkeypatch.setattr("mlm_scratch.loop.run_steps", stop)
+    with pytest.raises(SystemExit):
+        train(replace(settings, max_steps=8), resume=True)
+    assert not Path("run/model").exists()
+    assert infer.newest_model().name == "checkpoint-4"
+
+
+def test_runs_that_start_at_once_get_directories_of_their_own(files):
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(make_run_dir, [config(files)] * 20))
+    assert len(set(made)) == 20
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
