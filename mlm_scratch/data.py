@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -33,6 +34,7 @@ from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
 
 TEXTS_PER_BATCH = 1000  # given to the tokenizer at once; it spreads them over the cores
+TOKENS_IN_MEMORY = 2**20  # before they are written
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
               ".parquet": "parquet"}
 
@@ -188,7 +190,8 @@ def prepare_rows(
     directory = cache_dir() / _cache_key(text_digest, tokenizer, config)
     if not _is_whole(directory):
         shutil.rmtree(directory, ignore_errors=True)
-        _write_rows(directory, documents, tokenizer, config)
+        largest_id = max(tokenizer.get_vocab().values())
+        write_rows(directory, tokenize(documents, tokenizer, config), largest_id)
     rows = _open_rows(directory, config)
     rows.text_digest = text_digest
     if len(rows) == 0:
@@ -232,36 +235,41 @@ def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: Tra
     return digest.hexdigest()[:32]
 
 
-def _write_rows(
-    directory: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+def write_rows(
+    directory: Path, tokenized: Iterable[tuple[list[int], list[bool]]], largest_id: int
 ) -> None:
-    """Write the files of `directory`, which appears whole or not at all."""
+    """Write (ids, word_starts) of each document into `directory`, which appears whole or not at
+    all. Raises UserError where nothing can be written."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=directory.parent))
     except OSError as error:
         raise UserError(f"cannot write prepared text below {directory.parent}: {error}") from error
     try:
-        largest_id = max(tokenizer.get_vocab().values())
-        dtype = np.uint16 if largest_id < 2**16 else np.uint32
-        total = 0
+        tokens = array("H" if largest_id < 2**16 else "I")  # 16 or 32 bits, unsigned
+        starts, total = array("q", [0]), 0  # 64 bits
         with (
             open(unfinished / "tokens.bin", "wb") as tokens_file,
             open(unfinished / "starts.bin", "wb") as starts_file,
             open(unfinished / "word_starts.bin", "wb") as words_file,
         ):
-            for ids, word_starts in tokenize(documents, tokenizer, config):
-                tokens_file.write(np.array(ids, dtype=dtype).tobytes())
-                words_file.write(np.array(word_starts, dtype=bool).tobytes())
-                starts_file.write(np.int64(total).tobytes())
+            for ids, word_starts in tokenized:
+                tokens.fromlist(ids)
+                words_file.write(bytes(word_starts))
                 total += len(ids)
-            starts_file.write(np.int64(total).tobytes())
+                starts.append(total)
+                if len(tokens) > TOKENS_IN_MEMORY:
+                    tokens.tofile(tokens_file)
+                    starts.tofile(starts_file)
+                    del tokens[:], starts[:]
+            tokens.tofile(tokens_file)
+            starts.tofile(starts_file)
         sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-        meta = {"dtype": np.dtype(dtype).name, "tokens": total, "sizes": sizes}
+        meta = {"dtype": f"uint{8 * tokens.itemsize}", "tokens": total, "sizes": sizes}
         (unfinished / "meta.json").write_text(json.dumps(meta))
         os.rename(unfinished, directory)
     except OSError:
-        if not directory.exists():  # else another run has just finished the same directory
+        if not _is_whole(directory):  # else another run has just finished the same directory
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -62,7 +62,10 @@ class Collator:
         self.config = config
         self.mask_token_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
         self.pad_token_id = tokenizer.pad_token_id or 0  # any will do: attention_mask hides it
-        self.special_ids = torch.tensor(tokenizer.all_special_ids)  # (S,)
+        # is_special[id] answers for a whole batch what get_special_tokens_mask does row by row
+        largest_id = max(tokenizer.get_vocab().values())
+        self.is_special = torch.zeros(largest_id + 1, dtype=torch.bool)  # (V,)
+        self.is_special[tokenizer.all_special_ids] = True
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def __call__(self, rows: TokenRows, indices: np.ndarray) -> Batch:
@@ -79,8 +82,7 @@ class Collator:
 
         input_ids = torch.from_numpy(input_ids.astype(np.int64))  # (B, T)
         attention_mask = torch.from_numpy(is_token.astype(np.int64))  # (B, T)
-        # What tokenizer.get_special_tokens_mask answers row by row, for the whole batch at once
-        special = torch.isin(input_ids, self.special_ids) | (attention_mask == 0)  # (B, T)
+        special = self.is_special[input_ids] | torch.from_numpy(~is_token)  # (B, T)
         word_ids = None
         if rows.word_starts is not None:
             starts_word = torch.from_numpy(rows.word_starts[source])  # (B, T)

@@ -390,7 +390,7 @@ INSTRUMENTS = Table(
         ("clock", "time"),
         ("scale", "weight"),
         ("ruler", "length"),
-        ("compass", "direction"),
+        ("photometer", "brightness"),
         ("speedometer", "speed"),
         ("voltmeter", "voltage"),
         ("hygrometer", "humidity"),

@@ -1,0 +1,378 @@
+"""This project and the reference side by side: python -m tests.bench --help
+
+Every comparison runs both in turn, A B A B ..., and prints the median of the ratios with the
+smallest and the largest. Only ratios mean something: the seconds depend on what else runs.
+
+    python -m tests.bench --model distilbert/distilroberta-base --text questions.jsonl.gz
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from mlm_scratch import data
+from mlm_scratch.load import load_model
+from mlm_scratch.loader import Collator
+from mlm_scratch.loop import run_steps
+from mlm_scratch.recipes import TrainConfig, resolve
+from mlm_scratch.setup import Training, prepare
+from mlm_scratch.signals import StopRequest
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = """
+import sys
+from transformers import pipeline
+print(pipeline("fill-mask", model=sys.argv[1])(sys.argv[2]))
+"""
+
+
+# ---- The work, once by us and once by the reference ----------------------------------------------
+
+
+class Clock:
+    """Stands where the report of a run stands, and notes when each step was done."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def advance(self, n_tokens: int) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def log(self, *metrics: float) -> None:
+        """Nothing to do: the run is about its time."""
+
+    def step_seconds(self) -> float:
+        """Median time of a step, without the first, which allocates."""
+        return statistics.median(np.diff(self.times)[1:])
+
+
+def our_steps(t: Training, count: int) -> float:
+    """Seconds per optimizer step of the loop."""
+    clock = Clock()
+    t.total_steps, t.eval_rows = t.steps_done + count + 1, None
+    steps = t.loader.steps
+    t.loader.steps = lambda first, last: steps(first, last - 1)  # the last would be saved
+    run_steps(t, Path(), clock, StopRequest())
+    t.loader.steps = steps
+    return synchronized(t, clock)
+
+
+def synchronized(t: Training, clock: Clock) -> float:
+    """On a GPU single steps are not timed, but all of them together."""
+    if t.precision.device.type == "cuda":
+        torch.cuda.synchronize()
+        return (time.perf_counter() - clock.times[1]) / (len(clock.times) - 2)
+    return clock.step_seconds()
+
+
+class StepTimes(TrainerCallback):
+    """Notes when Trainer has done each step."""
+
+    def __init__(self):
+        self.clock = Clock()
+
+    def on_step_end(self, *args, **kwargs):
+        self.clock.advance(0)
+
+
+def reference_steps(
+    config: TrainConfig, model, tokenizer, examples: list[dict], count: int
+) -> float:
+    """Seconds per optimizer step of Trainer."""
+    times = StepTimes()
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    half = cuda and config.precision in ("auto", "bf16")
+    with tempfile.TemporaryDirectory() as directory:
+        Trainer(
+            model=model,
+            args=TrainingArguments(
+                directory, max_steps=count, per_device_train_batch_size=config.batch_size,
+                learning_rate=config.lr, save_strategy="no", report_to="none", disable_tqdm=True,
+                use_cpu=not cuda, bf16=half, logging_steps=10_000,
+            ),
+            train_dataset=examples,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.seed),
+            callbacks=[times],
+        ).train()  # fmt: skip
+    if cuda:
+        torch.cuda.synchronize()
+        return (time.perf_counter() - times.clock.times[1]) / (count - 1)
+    return times.clock.step_seconds()
+
+
+def tutorial_grouping(examples: dict[str, list[list[int]]], block_size: int) -> dict:
+    """What the tutorial does to a batch of 1,000 documents: add all lists up, cut the sum."""
+    joined = {key: sum(lists, []) for key, lists in examples.items()}  # noqa: RUF017
+    total = len(joined["input_ids"]) // block_size * block_size
+    blocks = {
+        key: [ids[i : i + block_size] for i in range(0, total, block_size)]
+        for key, ids in joined.items()
+    }
+    return blocks | {"labels": blocks["input_ids"].copy()}
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Seconds that `work` takes, the mean of `times` calls."""
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
+
+
+def in_turn(ours: Callable[[], float], reference: Callable[[], float], repeats: int) -> dict:
+    """A B A B ...: medians of both and of the ratio reference / ours, with its spread."""
+    ours(), reference()  # both once to warm up
+    pairs = [(ours(), reference()) for _ in range(repeats)]
+    ratios = [theirs / mine for mine, theirs in pairs]
+    return {
+        "ours": statistics.median(mine for mine, _ in pairs),
+        "reference": statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+    }  # fmt: skip
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the encoder's largest matrix product, by itself: the best of 20."""
+    a = torch.randn(1024, 768, device=device, dtype=dtype)
+    b = torch.randn(768, 3072, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 10 * 2 * 1024 * 768 * 3072 / (time.perf_counter() - start))
+    return best
+
+
+def step_flops(model, tokens: int, block_size: int, masked: int) -> float:
+    """Arithmetic of one training step: 6 FLOP per weight and token (2 forward, 4 backward) in the
+    encoder's matrices, the attention products, and the head on masked tokens only."""
+    config = model.config
+    matrices = sum(
+        module.weight.numel()
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    attention = 2 * config.num_hidden_layers * block_size * config.hidden_size
+    head = config.hidden_size * (config.hidden_size + config.vocab_size)
+    return 6 * (tokens * (matrices + attention) + masked * head)
+
+
+def peak_memory(code: str, *arguments: str) -> int:
+    """Peak memory in bytes of a process of its own that runs `code`."""
+    code = f"import resource as r, sys; {code}; print(r.getrusage(r.RUSAGE_SELF).ru_maxrss * 1024)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return int(result.stdout.split()[-1])
+
+
+# ---- The comparisons -----------------------------------------------------------------------------
+
+
+def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yield (name, result) of every comparison."""
+    repeats = arguments.repeats
+    config = tutorial_shape(
+        arguments.model, arguments.text, arguments.text_column,
+        device=arguments.device, batch_size=arguments.batch_size,
+    )  # fmt: skip
+    documents, _ = data.load_documents(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    texts = list(documents)
+
+    yield "tokenizing", in_turn(
+        lambda: seconds(lambda: sum(1 for _ in data.tokenize(documents, tokenizer, config))),
+        lambda: seconds(lambda: tokenize_with_map(documents, tokenizer)),
+        max(1, repeats // 2),
+    )
+
+    encoded = [
+        dict(tokenizer(texts[i : i + 1000], verbose=False)) for i in range(0, len(texts), 1000)
+    ]
+    ids = [batch["input_ids"] for batch in encoded]
+    yield "grouping", in_turn(
+        lambda: seconds(lambda: group(ids)),
+        lambda: seconds(lambda: [tutorial_grouping(batch, 128) for batch in encoded]),
+        max(1, repeats // 2),
+    )
+
+    rows = data.prepare_rows(documents, tokenizer, config)
+    examples = examples_of(rows, 2000)
+    for size in (8, 256):
+        collator = Collator(tokenizer, config)
+        reference = DataCollatorForLanguageModeling(tokenizer, seed=42)
+        indices, part = np.arange(size), examples[:size]
+        times = 2000 // size
+        yield f"batch of {size} x 128", in_turn(
+            lambda: seconds(lambda: collator(rows, indices), times),  # noqa: B023
+            lambda: seconds(lambda: reference([dict(e) for e in part]), times),  # noqa: B023
+            repeats,
+        )
+
+    t = prepare(config)
+    model = load_model(config.model, "scratch")
+    step = in_turn(
+        lambda: our_steps(t, arguments.steps),
+        lambda: reference_steps(config, model, tokenizer, examples, arguments.steps),
+        repeats,
+    )
+    masked = round(0.15 * config.batch_size * config.block_size)
+    tokens = config.batch_size * config.block_size
+    flops = step_flops(t.model, tokens, config.block_size, masked)
+    rate = matrix_rate(t.precision.device, t.precision.dtype)
+    yield "training step", step | {
+        "tokens_per_second": tokens / step["ours"],
+        "roofline_share": flops / step["ours"] / rate, "matrix_flops_per_second": rate,
+    }  # fmt: skip
+
+    if t.precision.device.type == "cpu":
+        del t, model
+        source = (arguments.model, arguments.text, arguments.text_column)
+        ours, reference = (
+            peak_memory(f"from tests.bench import *; {who}_in_two_steps(*sys.argv[1:])", *source)
+            for who in ("ours", "trainers")
+        )
+        ratio = reference / ours
+        yield "peak memory", {"ours": ours, "reference": reference, "ratio": ratio,
+                              "lowest": ratio, "highest": ratio}  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as directory:
+        load_model(config.model, "scratch").save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        text = f"The Milky Way is a {tokenizer.mask_token} galaxy."
+        yield "start to answer", in_turn(
+            lambda: run("infer.py", "--json", "--model", directory, text),
+            lambda: run("-c", PIPELINE, directory, text),
+            repeats,
+        )
+
+
+def tokenize_with_map(documents: data.Documents, tokenizer) -> None:
+    """The tutorial's way: datasets.map in batches, with as many processes as there are cores."""
+    documents.rows.map(
+        lambda rows: tokenizer([" ".join(texts) for texts in texts_of(rows, documents.path)]),
+        batched=True, num_proc=os.cpu_count(), remove_columns=documents.rows.column_names,
+        load_from_cache_file=False,
+    )  # fmt: skip
+
+
+def texts_of(rows: dict, path: list[str]) -> list:
+    """The column at a dotted path of a batch of rows."""
+    values = rows[path[0]]
+    for name in path[1:]:
+        values = [value[name] for value in values]
+    return [[value] if isinstance(value, str) else value for value in values]
+
+
+def group(ids: list[list[list[int]]]) -> None:
+    """Our grouping: the ids of all documents into one file."""
+    with tempfile.TemporaryDirectory() as directory:
+        documents = ((document, []) for batch in ids for document in batch)
+        data.write_rows(Path(directory) / "rows", documents, largest_id=50_264)
+
+
+def ours_in_two_steps(model: str, text: str, column: str) -> None:
+    """Prepare a run of the tutorial's shape and do two steps."""
+    our_steps(prepare(tutorial_shape(model, text, column)), 2)
+
+
+def trainers_in_two_steps(model: str, text: str, column: str) -> None:
+    """The same with Trainer."""
+    config = tutorial_shape(model, text, column)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
+    reference_steps(config, load_model(model, "scratch"), tokenizer, examples_of(rows, 100), 2)
+
+
+def tutorial_shape(model: str, text: str, column: str, **settings) -> TrainConfig:
+    """The tutorial's settings on a text of one's own, with random weights."""
+    return resolve("tutorial", {
+        "model": model, "init": "scratch", "train_file": (text,), "text_column": column,
+        "eval_fraction": 0.0, "device": "cpu", "max_steps": 100_000, "log_every": 10_000,
+        **settings,
+    })  # fmt: skip
+
+
+def examples_of(rows: data.TokenRows, count: int) -> list[dict]:
+    """Rows as the reference takes them: lists in dictionaries."""
+    starts = rows.starts[: count + 1].tolist()
+    return [{"input_ids": rows.tokens[a:b].tolist()} for a, b in itertools.pairwise(starts)]
+
+
+def run(*arguments: str) -> float:
+    """Seconds that a Python process takes from start to end."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True,
+                   env=environment)  # fmt: skip
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Run all comparisons, print a table, write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="ID_OR_DIR",
+                        help="shape and tokenizer to measure with; its weights are not used")
+    parser.add_argument("--text", required=True, metavar="FILE", help="real text to measure with")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="training steps per measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements")
+    parser.add_argument("--output", default="bench.json", help="where the JSON goes")
+    arguments = parser.parse_args()
+    for name in ("model", "text"):  # other processes are started in another directory
+        if os.path.exists(path := getattr(arguments, name)):
+            setattr(arguments, name, os.path.abspath(path))
+
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    if arguments.device == "cuda":
+        machine += f", {torch.cuda.get_device_name()}"
+    print(machine)
+    print(f"{'':24} {'ours':>12} {'reference':>12} {'ratio':>8}   lowest to highest")
+    results = {}
+    for name, result in compare(arguments):
+        results[name] = result
+        print(f"{name:24} {result['ours']:12.6g} {result['reference']:12.6g} "
+              f"{result['ratio']:7.2f}x   {result['lowest']:.2f} to {result['highest']:.2f}",
+              flush=True)  # fmt: skip
+        if "roofline_share" in result:
+            share, rate = result["roofline_share"], result["matrix_flops_per_second"]
+            print(f"{'':24} {share:.0%} of the {rate:.3g} FLOP/s of a matrix product by itself, "
+                  f"{result['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    print(f"train.py --help: {run('train.py', '--help'):.2f} s")
+    content = {"machine": machine, "results": results}
+    Path(arguments.output).write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
