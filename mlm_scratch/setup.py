@@ -96,6 +96,7 @@ class Training:
             "steps_done": self.steps_done,
             "steps_since_log": self.steps_since_log,
             "loss_since_log": self.loss_since_log,
+            "lost_in_a_row": self.lost_in_a_row,
             "lost_steps": self.lost_steps,
             "optimizer": self.optimizer.state_dict(),
             "scheduled_steps": self.scheduler.last_epoch,  # without those not taken
@@ -122,6 +123,7 @@ class Training:
             )
         self.steps_since_log = state["steps_since_log"]
         self.loss_since_log.copy_(state["loss_since_log"])
+        self.lost_in_a_row.copy_(state["lost_in_a_row"])
         self.lost_steps.copy_(state["lost_steps"])
         self.optimizer.load_state_dict(state["optimizer"])
         # Made anew rather than loaded: where the run was made longer, the rate is another one.
