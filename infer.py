@@ -5,11 +5,13 @@
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 
 from mlm_scratch.errors import OneLineParser, UserError, run_command
+from mlm_scratch.hub import go_offline_without_hub
 from mlm_scratch.run_dir import LATEST
 
 BAR_WIDTH = 20
@@ -20,10 +22,13 @@ def main() -> None:
     arguments = parse_arguments()
     texts = arguments.texts
     if not texts and not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
     model_name = arguments.model or newest_model()
+    go_offline_without_hub(str(model_name))
 
     # Only now: these imports take seconds, and what was wrong so far is told at once.
     from transformers.utils import logging
@@ -44,6 +49,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(fills, ensure_ascii=False, indent=2))
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the bar's █ shows a ?
     for text, text_fills in zip(texts, fills if len(texts) > 1 else [fills], strict=True):
         print(text)
         several = isinstance(text_fills[0], list)

@@ -7,21 +7,24 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 
 from mlm_scratch.errors import OneLineParser, run_command
+from mlm_scratch.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.recipes import RECIPES, TrainConfig, resolve
+from mlm_scratch.run_dir import resumed_config
 
 
 def main() -> None:
     """Parse, choose a recipe, train, say where the result is."""
     given = vars(parse_arguments())  # only what was named on the command line
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    for name in ("train_file", "eval_file"):
+        if name in given:  # absolute, since a run may be resumed from another directory
+            given[name] = tuple(map(os.path.abspath, given[name]))
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
     if resume:
-        from mlm_scratch.run_dir import resumed_config
-
         if recipe != "auto":
             given["recipe"] = recipe
         config = resumed_config(given.pop("output_dir", None), given)
@@ -31,6 +34,8 @@ def main() -> None:
         config = resolve(recipe, given)
         print(f"recipe {recipe}: {reason}", flush=True)
 
+    sources = [config.model] if config.train_file else [config.model, config.dataset]
+    go_offline_without_hub(*sources)
     from mlm_scratch.loop import train  # imports torch and transformers: seconds
 
     run_dir = train(config, resume=resume)
@@ -87,8 +92,6 @@ def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:
     named = [name for name in ("model", "dataset", "train_file") if name in given]
     if named:
         return "tutorial", f"its settings for the {named[0].replace('_', ' ')} named"
-    from mlm_scratch.hub import can_load_tutorial
-
     possible, reason = can_load_tutorial()
     return ("tutorial" if possible else "bundled"), reason
 

@@ -11,11 +11,13 @@ tokenizer and settings; the next run with the same three starts at once.
 """
 
 import glob
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -142,11 +144,32 @@ def _load_files(paths: tuple[str, ...], split: str) -> datasets.Dataset:
         kinds.add(FILE_KINDS[suffix])
     if len(kinds) > 1:
         raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
-    # The library reads a path as a pattern: x[1].txt would mean x1.txt.
-    return _load(paths[0], kinds.pop(), data_files=list(map(glob.escape, paths)), split=split)
+    kind = kinds.pop()
+    # A byte-order mark is no text, and the word NA in a table is a word.
+    options = {"text": {"encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}.get(kind, {})
+    with tempfile.TemporaryDirectory() as unpacked:
+        if kind == "parquet":
+            paths = tuple(_unpack(path, Path(unpacked)) for path in paths)
+        # The library reads a path as a pattern: x[1].txt would mean x1.txt.
+        files = list(map(glob.escape, paths))
+        return _load(paths[0], kind, data_files=files, split=split, **options)
+
+
+def _unpack(path: str, directory: Path) -> str:
+    """The path of the same file, uncompressed: the library does this for all kinds but parquet."""
+    if not path.endswith(".gz"):
+        return path
+    unpacked = directory / f"{len(list(directory.iterdir()))}-{Path(path).stem}"
+    try:
+        with gzip.open(path) as source, unpacked.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot load {path}: {error}") from error
+    return str(unpacked)
 
 
 def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset:
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, below
     try:
         return datasets.load_dataset(*args, **kwargs)
     except (
@@ -208,10 +231,13 @@ def cache_dir() -> Path:
 
 
 def _text_digest(documents: Documents) -> str:
-    digest = hashlib.sha256()
+    digest, empty = hashlib.sha256(), True
     for text in documents:
+        empty = empty and not text.strip()
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little") + raw)  # the length keeps documents apart
+    if empty:
+        raise UserError(f"{documents.source} holds no text: every document is empty")
     return digest.hexdigest()
 
 

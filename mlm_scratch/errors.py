@@ -1,7 +1,10 @@
 """What the user can mend is told in one line; everything else keeps its traceback."""
 
 import argparse
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 
@@ -20,14 +23,20 @@ class OneLineParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and turn what it raises into an exit code.
 
-    Returns: what `main` returned (None counts as 0), 2 after a UserError, 130 after Ctrl-C.
+    Returns: what `main` returned (None counts as 0), 2 after a UserError, 130 after Ctrl-C, 141
+    where nobody reads the output any more. SIGTERM exits with 143.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return main() or 0
     except UserError as error:
         message = " ".join(str(error).split())  # whatever was quoted in it: one line
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

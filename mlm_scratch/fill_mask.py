@@ -106,8 +106,12 @@ def predict(
     """One forward pass over a text: its ids (T,), where its M masks are (M,), and the probability
     of every token of the vocabulary at each of them (M, V). All on the CPU.
 
-    Raises UserError for a text without a mask, or too long.
+    Raises UserError for a text without a mask, too long or not UTF-8, and for damaged weights.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text {_shortened(text)} is not UTF-8") from error
     inputs = tokenizer(text, return_tensors="pt", verbose=False)
     input_ids = inputs["input_ids"][0]  # (T,)
     mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
@@ -125,7 +129,10 @@ def predict(
         logits = model(**inputs.to(model.device)).logits[0].cpu()  # (T, V)
     finally:
         model.train(was_training)
-    return input_ids, mask_index, logits[mask_index].softmax(dim=-1)  # (T,), (M,), (M, V)
+    probabilities = logits[mask_index].softmax(dim=-1)  # (M, V)
+    if not probabilities.isfinite().all():
+        raise UserError("the model answers with NaN: its weights are damaged, choose another")
+    return input_ids, mask_index, probabilities
 
 
 def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
@@ -165,7 +172,7 @@ def walk_through(
     yield f"mask index  {mask_index.tolist()}"
     yield f"softmax     {tuple(probabilities.shape)}: for each mask, a probability per token"
     for index, row in zip(mask_index.tolist(), probabilities, strict=True):
-        scores, tokens = row.topk(top_k)  # (k,), (k,)
+        scores, tokens = row.topk(min(top_k, len(row)))  # (k,), (k,)
         yield f"top {top_k} at {index}  {tokens.tolist()}"
         for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
             yield f"  {score:<9.4g} {fill_in(tokenizer, input_ids, index, token)}"

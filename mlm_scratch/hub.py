@@ -4,10 +4,11 @@ Asking must not take long where there is no network. The clients of the Hub woul
 and a half; here one request has a few seconds, and after that they are told to stay offline.
 """
 
+import logging
 import os
 import threading
 
-from mlm_scratch.recipes import TUTORIAL
+from mlm_scratch.recipes import BUNDLED, TUTORIAL
 
 TIMEOUT = 3.0  # seconds
 
@@ -22,9 +23,21 @@ def can_load_tutorial() -> tuple[bool, str]:
     return False, "no download needed; the Hub does not answer and the tutorial is not cached"
 
 
+def go_offline_without_hub(*names: str) -> None:
+    """If one of the models or data sets is not a local path and the Hub does not answer, take them
+    from the cache or fail at once, instead of after a minute of trying."""
+    if all(os.path.exists(name) or name == BUNDLED for name in names):
+        return
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line says it all later
+    if not hub_answers(TUTORIAL.model):
+        go_offline()
+
+
 def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
-    """Whether the Hub, or what HF_ENDPOINT names, knows this model within `timeout` seconds."""
+    """Whether the Hub, or what HF_ENDPOINT names, answers within `timeout` seconds when it is asked
+    about a model."""
     from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     if is_offline_mode():
         return False
@@ -33,7 +46,9 @@ def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
     def ask() -> None:
         try:
             answers.append(HfApi().model_info(model, timeout=timeout))
-        except Exception:  # no route, an error page of a proxy, an unknown model: all are a no
+        except RepositoryNotFoundError as error:
+            answers.append(error)
+        except Exception:  # no route, a time-out, an error page of a proxy: all are a no
             return
 
     # A name look-up can hang, and no timeout of a client covers it: leave the thread behind then.

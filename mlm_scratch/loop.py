@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
+from mlm_scratch.errors import UserError
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
 from mlm_scratch.recipes import TrainConfig
@@ -40,13 +41,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if resume:
         run_dir = Path(config.output_dir or LATEST)
         t = prepare(config, newest_valid_checkpoint(run_dir))
+        shutil.rmtree(run_dir / "model", ignore_errors=True)  # it is final no longer
     else:
         check_output_dir(config)
         t = prepare(config)
         run_dir = make_run_dir(config)  # only now that nothing is wrong with text and model
     write_run_json(config, run_dir)
     point_latest_to(run_dir)
-    shutil.rmtree(run_dir / "model", ignore_errors=True)  # the result of a run to be continued
     print(f"run: {run_dir}, steps {t.steps_done} to {t.total_steps}", flush=True)
     with (
         StopRequest() as stop,
@@ -57,7 +58,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if stop.received:
         print(f"stopped; go on with: python train.py --resume --output-dir {run_dir}")
         raise SystemExit(128 + stop.received)
-    t.stop_if_lost(in_a_row=1)
+    if not t.weights_are_finite():
+        raise UserError(
+            f"the weights are NaN or infinite after step {t.steps_done}: there is no model to save;"
+            " begin a new run with a lower --lr or --weight-decay"
+        )
     if lost := t.lost_steps.item():
         print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
     save_model(run_dir / "model", t.model, t.tokenizer)

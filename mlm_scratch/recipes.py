@@ -137,6 +137,8 @@ class TrainConfig:
                 f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
                 f"{self.random_replace_prob} add up to more than 1"
             )
+        if self.output_dir == "":
+            raise UserError("--output-dir is empty: name a directory, or leave it out")
         if self.model == BUNDLED and self.init != "scratch":
             raise UserError("--model bundled has no weights to start from: use --init scratch")
         if not self.train_file and self.dataset is None:

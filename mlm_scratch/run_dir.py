@@ -37,6 +37,10 @@ def check_output_dir(config: TrainConfig) -> None:
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--output-dir {run_dir} is not a directory")
+    if (run_dir / "model").exists() or any(run_dir.glob("checkpoint-*")):
+        raise UserError(
+            f"{run_dir} holds models that are not of a run of train.py: name another --output-dir"
+        )
 
 
 def make_run_dir(config: TrainConfig) -> Path:
@@ -102,10 +106,11 @@ def write_run_json(config: TrainConfig, run_dir: Path) -> None:
 
 def point_latest_to(run_dir: Path) -> None:
     """Make runs/latest a link to this run."""
+    unfinished = RUNS / f".latest-{os.getpid()}"
     try:
         RUNS.mkdir(exist_ok=True)
-        unfinished = RUNS / f".latest-{os.getpid()}"
         unfinished.symlink_to(os.path.relpath(run_dir.resolve(), RUNS.resolve()))
         os.replace(unfinished, LATEST)
     except OSError as error:
+        unfinished.unlink(missing_ok=True)
         print(f"warning: {LATEST} cannot be set: {error.strerror}", file=sys.stderr)

@@ -69,18 +69,22 @@ class Training:
         self.steps_since_log = 0
         return loss
 
-    def stop_if_lost(self, in_a_row: int = LOST_STEPS_IN_A_ROW) -> None:
-        """Raise UserError if the last so many steps had no finite loss."""
-        if (lost := self.lost_in_a_row.item()) >= in_a_row:
+    def stop_if_lost(self) -> None:
+        """Raise UserError if the last LOST_STEPS_IN_A_ROW steps had no finite loss."""
+        if (lost := self.lost_in_a_row.item()) >= LOST_STEPS_IN_A_ROW:
             raise UserError(
                 f"the loss was NaN or infinite in the last {lost} steps, up to step "
                 f"{self.steps_done}; checkpoints from before are kept: begin a new run with a "
                 "lower --lr, or with --precision bf16 or fp32 instead of fp16"
             )
 
+    def weights_are_finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        return all(parameter.isfinite().all() for parameter in self.model.parameters())
+
     def save(self, run_dir: Path) -> None:
         """Write a checkpoint, but never in the place of a good one: NaN weights are not saved."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if not self.weights_are_finite():
             print(f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
                   file=sys.stderr)
             return

@@ -183,15 +183,21 @@ def step_flops(model, tokens: int, block_size: int, masked: int) -> float:
     return 6 * (tokens * (matrices + attention) + masked * head)
 
 
-def peak_memory(code: str, *arguments: str) -> int:
-    """Peak memory in bytes of a process of its own that runs `code`."""
-    code = f"import resource as r, sys; {code}; print(r.getrusage(r.RUSAGE_SELF).ru_maxrss * 1024)"
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT
+def in_a_process(function: str, *arguments: str, **environment: str) -> tuple[float, int]:
+    """Call a function of this module in a process of its own: what it returns (seconds, or None)
+    and the peak memory of the process in bytes."""
+    code = (
+        "import resource as r, sys; from tests import bench;"
+        f"print(bench.{function}(*sys.argv[1:]), r.getrusage(r.RUSAGE_SELF).ru_maxrss * 1024)"
     )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | environment,
+    )  # fmt: skip
     if result.returncode:
         raise RuntimeError(result.stderr)
-    return int(result.stdout.split()[-1])
+    *_, returned, memory = result.stdout.split()
+    return returned if returned == "None" else float(returned), int(memory)
 
 
 # ---- The comparisons -----------------------------------------------------------------------------
@@ -256,10 +262,8 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     if t.precision.device.type == "cpu":
         del t, model
         source = (arguments.model, arguments.text, arguments.text_column)
-        ours, reference = (
-            peak_memory(f"from tests.bench import *; {who}_in_two_steps(*sys.argv[1:])", *source)
-            for who in ("ours", "trainers")
-        )
+        _, ours = in_a_process("ours_in_two_steps", *source)
+        _, reference = in_a_process("trainers_in_two_steps", *source)
         ratio = reference / ours
         yield "peak memory", {"ours": ours, "reference": reference, "ratio": ratio,
                               "lowest": ratio, "highest": ratio}  # fmt: skip
@@ -297,6 +301,27 @@ def group(ids: list[list[list[int]]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         documents = ((document, []) for batch in ids for document in batch)
         data.write_rows(Path(directory) / "rows", documents, largest_id=50_264)
+
+
+def growth(texts: list[str], model: str) -> Iterator[dict]:
+    """Prepare 1, 4 and 16 times the text, twice each: the second time it is in the cache."""
+    for factor in (1, 4, 16):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "text.jsonl"
+            with path.open("w") as file:
+                for copy in range(factor):  # numbered, so that no two copies are the same
+                    file.writelines(json.dumps({"text": f"{copy} {t}"}) + "\n" for t in texts)
+            environment = {"MLM_SCRATCH_CACHE": directory, "HF_DATASETS_CACHE": directory}
+            took, memory = in_a_process("prepare_text", model, str(path), **environment)
+            again, _ = in_a_process("prepare_text", model, str(path), **environment)
+            yield {"factor": factor, "seconds": took, "peak_memory": memory, "again": again}
+
+
+def prepare_text(model: str, path: str) -> float:
+    """Seconds from a file to rows of ids."""
+    config = tutorial_shape(model, path, "text")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return seconds(lambda: data.prepare_rows(data.load_documents(config)[0], tokenizer, config))
 
 
 def ours_in_two_steps(model: str, text: str, column: str) -> None:
@@ -348,6 +373,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="training steps per measurement")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements")
+    parser.add_argument("--growth", action="store_true",
+                        help="also prepare 1, 4 and 16 times the text")
     parser.add_argument("--output", default="bench.json", help="where the JSON goes")
     arguments = parser.parse_args()
     for name in ("model", "text"):  # other processes are started in another directory
@@ -370,6 +397,14 @@ def main() -> None:
             print(f"{'':24} {share:.0%} of the {rate:.3g} FLOP/s of a matrix product by itself, "
                   f"{result['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
     print(f"train.py --help: {run('train.py', '--help'):.2f} s")
+    results["growth"] = []
+    if arguments.growth:
+        config = tutorial_shape(arguments.model, arguments.text, arguments.text_column)
+        for line in growth(list(data.load_documents(config)[0]), arguments.model):
+            results["growth"].append(line)
+            print(f"{line['factor']:2} x the text: prepared in {line['seconds']:.1f} s, peak "
+                  f"memory {line['peak_memory'] / 2**20:,.0f} MiB; from the cache in "
+                  f"{line['again']:.1f} s", flush=True)  # fmt: skip
     content = {"machine": machine, "results": results}
     Path(arguments.output).write_text(json.dumps(content, indent=1))
 

@@ -128,6 +128,8 @@ WRONG_TRAIN = [
     (["--model", "no/such/model"], "cannot load a tokenizer from no/such/model"),
     (["--model", "bundled"], "--init scratch"),
     (["--output-dir", "a_file"], "a_file is not a directory"),
+    (["--output-dir", ""], "--output-dir is empty"),
+    (["--output-dir", "foreign"], "foreign holds models that are not of a run"),
     (["--output-dir", "a_run"], "a_run already holds a run: add --resume"),
 ]  # fmt: skip
 
@@ -136,6 +138,7 @@ WRONG_TRAIN = [
 def test_what_train_cannot_do_is_one_line_and_exit_code_2(files, call, arguments, message):
     Path("a_file").touch()
     Path("a_run").mkdir()
+    Path("foreign/checkpoint-500").mkdir(parents=True)
     Path("a_run/run.json").touch()
     before = sorted(Path().rglob("*"))
     code, _, err = call(train, *basic(files), *arguments)
@@ -164,11 +167,29 @@ def test_what_cannot_be_begun_at_all(call, arguments, message):
     ([MILKY_WAY, "--model", "nowhere"], "cannot load a tokenizer from nowhere"),
     ([MILKY_WAY, "--device", "abacus"], "--device abacus cannot be used"),
     ([MILKY_WAY, "--targets", ""], "none of the targets"),
+    (["\udcff <mask>"], "is not UTF-8"),
 ])  # fmt: skip
 def test_what_infer_cannot_do_is_one_line_and_exit_code_2(files, call, arguments, message):
     code, out, err = call(infer, "--model", files / "model", *arguments)
     assert code == 2 and out == ""
     assert message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_infer_with_few_targets_and_with_a_reader_that_leaves(files, call):
+    code, out, _ = call(infer, "--model", files / "model", "--top-k", 500, MILKY_WAY,
+                        "--targets", "is", "the")  # fmt: skip
+    assert code == 0 and "top 500" in out
+    command = [sys.executable, ROOT / "infer.py", "--model", files / "model", *[MILKY_WAY] * 300]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_weights_that_are_lost_are_no_result(files, call):
+    code, _, err = call(train, *basic(files), "--max-steps", 1, "--weight-decay", 1e308)
+    assert code == 2 and "there is no model to save" in err.splitlines()[-1]
+    assert not Path("runs/tutorial/model").exists()
 
 
 def test_infer_without_any_run(call):

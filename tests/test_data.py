@@ -45,13 +45,23 @@ def write_csv(path):
         writer.writerows([["number", "text"], *enumerate(SENTENCES)])
 
 
+def write_txt_with_mark(path):
+    path.write_text("\n".join(SENTENCES), encoding="utf-8-sig")
+
+
+def write_parquet_gz(path):
+    write_parquet(path.with_suffix(""))
+    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+
+
 def write_parquet(path):
     pyarrow.parquet.write_table(pa.table({"text": SENTENCES}), path)
 
 
 @pytest.mark.parametrize("name, write", [
     ("a.txt", write_text), ("a.jsonl", write_jsonl), ("a.jsonl.gz", write_gz),
-    ("a.csv", write_csv), ("a.parquet", write_parquet),
+    ("a.csv", write_csv), ("a.parquet", write_parquet), ("a.parquet.gz", write_parquet_gz),
+    ("mark.TXT", write_txt_with_mark),
 ])  # fmt: skip
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, name, write):
     write(tmp_path / name)
@@ -245,6 +255,18 @@ def test_too_little_text_is_said(tmp_path):
         prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
     with pytest.raises(UserError, match="none can be held out"):
         load_documents(config(tmp_path / "a.txt", eval_fraction=0.5))
+
+
+def test_text_without_text_is_said(tmp_path):
+    write_text(tmp_path / "a.txt", ["", "  "] * 500)
+    settings = config(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="every document is empty"):
+        prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
+
+
+def test_the_word_na_in_a_table_is_a_word(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nNA\nnull\n")
+    assert list(load_documents(config(tmp_path / "a.csv"))[0]) == ["NA", "null"]
 
 
 def test_a_missing_inner_column_is_said(tmp_path):

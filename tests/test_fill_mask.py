@@ -57,6 +57,7 @@ def test_a_model_in_training_is_asked_without_dropout_and_goes_on_training():
     ("a " * 100 + "<mask>", {}, "the model takes 64"),
     (ONE, {"top_k": 0}, "top-k must be from 1 to 320"),
     (ONE, {"top_k": 321}, "top-k must be from 1 to 320"),
+    ("\udcff <mask>", {}, "is not UTF-8"),
     (ONE, {"targets": [""]}, "none of the targets"),
     (ONE, {"targets": []}, "none of the targets"),
 ])  # fmt: skip

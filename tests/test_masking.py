@@ -13,7 +13,7 @@ from tests.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokenizer
 TOKENIZERS = [byte_level_tokenizer(), wordpiece_tokenizer()]
 PROBABILITIES = [
     (0.15, 0.8, 0.1), (0.5, 0.5, 0.4), (1.0, 0.7, 0.3), (0.3, 1.0, 0.0), (0.3, 0.0, 1.0),
-    (0.3, 0.9, 0.0), (0.0, 0.8, 0.1), (0.3, 0.0, 0.0),
+    (0.3, 0.9, 0.0), (0.0, 0.8, 0.1), (0.3, 0.0, 0.0), (1, 1, 0), (1, 0, 1),
 ]  # fmt: skip
 SHAPES = [(1, 1), (2, 7), (8, 128), (33, 20)]
 
