@@ -362,7 +362,8 @@ def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
     def open_flat(name: str, dtype: Any, length: int) -> np.ndarray:
         if length == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype)
-        return np.memmap(directory / name, dtype=dtype, mode="r", shape=(length,))
+        # As a plain array: the class memmap adds its own work to every look-up.
+        return np.asarray(np.memmap(directory / name, dtype=dtype, mode="r", shape=(length,)))
 
     if config.grouping == "lines":
         starts = open_flat("starts.bin", np.int64, meta["sizes"]["starts.bin"] // 8)  # (rows + 1,)

@@ -118,7 +118,7 @@ def test_rows_lie_in_mapped_files_and_are_found_again(tmp_path, monkeypatch):
     settings = config(tmp_path / "a.txt", block_size=8, whole_word=True)
     documents, _ = load_documents(settings)
     rows = prepare_rows(documents, TOKENIZER, settings)
-    assert isinstance(rows.tokens, np.memmap) and rows.tokens.dtype == np.uint16
+    assert isinstance(rows.tokens.base, np.memmap) and rows.tokens.dtype == np.uint16
     assert len(rows.word_starts) == len(rows.tokens)
 
     def never(*args):
