@@ -38,6 +38,8 @@ def load_tokenizer_and_model(
     else:
         tokenizer, model = load_tokenizer(config.model), load_model(config.model, config.init)
     check_fit(tokenizer, model, config.model)
+    if model.config.is_encoder_decoder:  # it would be trained to write its input out again
+        raise UserError(f"{config.model} has a decoder: choose an encoder-only model")
     limit = longest_input(tokenizer, model)
     if config.block_size > limit:
         raise UserError(

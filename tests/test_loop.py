@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+)
 
 import infer
 from mlm_scratch.checkpoint import checkpoints, find_fault
@@ -21,7 +26,7 @@ from mlm_scratch.report import Report
 from mlm_scratch.run_dir import make_run_dir
 from mlm_scratch.setup import prepare
 from mlm_scratch.signals import StopRequest
-from tests.tiny import SENTENCES, save_roberta
+from tests.tiny import SENTENCES, byte_level_tokenizer, save_roberta
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +226,32 @@ def test_a_run_that_goes_on_has_no_final_model_yet(files, monkeypatch):
         train(replace(settings, max_steps=8), resume=True)
     assert not Path("run/model").exists()
     assert infer.newest_model().name == "checkpoint-4"
+
+
+def test_a_model_that_the_sparse_head_does_not_know_runs_dense_and_says_so(
+    files, monkeypatch, capsys
+):
+    dense = metrics(train(config(files, dense_head=True)))
+    assert "head" not in capsys.readouterr().out
+    monkeypatch.setattr("mlm_scratch.setup.sparse_head_works", lambda net: False)
+    assert metrics(train(config(files))) == dense
+    lines = [line for line in capsys.readouterr().out.splitlines() if "head" in line]
+    assert len(lines) == 1 and "running it on all of them" in lines[0]
+
+
+def test_an_encoder_decoder_is_refused(files):
+    """BART is among AutoModelForMaskedLM, but its loss is not that of masked tokens."""
+    directory = files / "bart"
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(directory)
+    BartForConditionalGeneration(BartConfig(
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, max_position_embeddings=64,
+    )).save_pretrained(directory)  # fmt: skip
+    with pytest.raises(UserError, match="has a decoder"):
+        train(config(files, model=str(directory)))
+    assert not Path("runs").exists()
 
 
 def test_runs_that_start_at_once_get_directories_of_their_own(files):
