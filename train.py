@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(
         prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="The defaults shown are those of the recipe tutorial; bundled has some of its own "
+        "(mlm_scratch/recipes.py).",
     )
     parser.add_argument(
         "--recipe", choices=("auto", *RECIPES),
