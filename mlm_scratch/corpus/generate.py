@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from mlm_scratch.corpus.facts import TABLES, Table
 
-REPEATS = 31  # how often each sentence answers first; training time is proportional to it
+REPEATS = 26  # how often each sentence answers first; training time is proportional to it
 SECOND_ANSWER = 1 / 8  # share of the questions that somebody else answers as well
 SEED = 0
 
