@@ -52,8 +52,9 @@ def evaluate(
             n_masked += len(batch.positions)
             with precision.autocast():
                 logits, labels = masked_lm_logits(  # (N, V), (N,)
-                    model, **batch._asdict(), dense=config.dense_head
-                )
+                    model, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T) each
+                    positions=batch.positions, dense=config.dense_head,  # (N,)
+                )  # fmt: skip
             logits = logits.float()
             loss_sum += cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
             correct += (logits.argmax(dim=1) == labels).sum()

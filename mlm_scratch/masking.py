@@ -66,7 +66,8 @@ def mask_tokens(
     def toss(probability: float) -> Tensor:
         """A biased coin for each position; with whole words, that of the word's first token."""
         biases = torch.full(input_ids.shape, float(probability), device=input_ids.device)  # (B, T)
-        heads = torch.empty_like(never).bernoulli_(biases, generator=generator)  # (B, T) bool
+        heads = torch.empty_like(biases, dtype=torch.bool)  # (B, T)
+        heads.bernoulli_(biases, generator=generator)
         return heads if word_ids is None else heads.gather(1, first_of_word)  # (B, T)
 
     # Draw 1: which tokens the model has to predict.
