@@ -5,9 +5,9 @@
     grouping     "blocks": one long stream, cut every block_size ids;
                  "lines": one document per row, cut at block_size
 
-The ids go to a flat file as they come, in the smallest integer type that holds the vocabulary;
-only a part of the text and of the ids is held in memory at a time. The finished directory is kept under a key of content,
-tokenizer and settings; the next run with the same three starts at once.
+The ids go to a flat file as they come, in the smallest integer type that holds the vocabulary; only
+a part of the text and of the ids is held in memory at a time. The finished directory is kept under
+a key of content, tokenizer and settings; the next run with the same three starts at once.
 """
 
 import glob
