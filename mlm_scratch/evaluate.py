@@ -48,8 +48,9 @@ def evaluate(
         starts = range(0, len(rows), config.eval_batch_size)
         for start in progress_bar(starts, desc="evaluating", unit=" batches", leave=False):
             stop = min(start + config.eval_batch_size, len(rows))
-            batch = collator(rows, np.arange(start, stop)).to(device)
-            n_masked += len(batch.positions)
+            batch = collator(rows, np.arange(start, stop))
+            n_masked += int((batch.labels != IGNORE).sum())
+            batch = batch.to(device)
             with precision.autocast():
                 logits, labels = masked_lm_logits(  # (N, V), (N,)
                     model, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T) each

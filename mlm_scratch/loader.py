@@ -25,31 +25,24 @@ class Batch(NamedTuple):
 
     positions: (N,) indices of the masked tokens in the flattened (B * T,) batch. They are found on
     the CPU, with the masks: how many there are decides the shapes that follow, and asking the GPU
-    for a number makes the CPU wait until it has computed everything before.
+    for a number makes the CPU wait until it has computed everything before. For the same reason
+    attention_mask is None where nothing is padded: a model would look into it to find that out.
     """
 
     input_ids: Tensor  # (B, T) int64, as the model sees them
-    attention_mask: Tensor  # (B, T) int64, 1 at tokens, 0 at padding
+    attention_mask: Tensor | None  # (B, T) int64, 1 at tokens, 0 at padding
     labels: Tensor  # (B, T) int64, the id to predict, -100 where there is none
     positions: Tensor  # (N,) int64
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`. Copies from pinned memory do not make the CPU wait."""
+        """The same batch on `device`. Copies from pinned memory do not make the CPU wait: while the
+        GPU works on this batch, the next one is prepared."""
         if device.type == "cpu":
             return self
-        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in self))
-
-    def split(self, rows: int) -> Iterator["Batch"]:
-        """Cut into batches of `rows` rows (the last may be shorter)."""
-        for input_ids, attention_mask, labels in zip(
-            *(tensor.split(rows) for tensor in self[:3]), strict=True
-        ):
-            yield Batch(input_ids, attention_mask, labels, masked_positions(labels))
-
-
-def masked_positions(labels: Tensor) -> Tensor:
-    """(B, T) labels -> (N,) indices of the tokens to predict, in the flattened batch."""
-    return (labels.flatten() != IGNORE).nonzero().squeeze(1)
+        return Batch(*(
+            None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in self
+        ))  # fmt: skip
 
 
 class Collator:
@@ -64,7 +57,7 @@ class Collator:
         self.pad_token_id = tokenizer.pad_token_id or 0  # any will do: attention_mask hides it
         # is_special[id] answers for a whole batch what get_special_tokens_mask does row by row
         largest_id = max(tokenizer.get_vocab().values())
-        self.is_special = torch.zeros(largest_id + 1, dtype=torch.bool)  # (V,)
+        self.is_special = np.zeros(largest_id + 1, dtype=bool)  # (V,)
         self.is_special[tokenizer.all_special_ids] = True
         self.generator = torch.Generator().manual_seed(config.seed)
 
@@ -80,9 +73,11 @@ class Collator:
         source = np.where(is_token, starts[:, None] + columns, 0)  # (B, T) where each token lies
         input_ids = np.where(is_token, rows.tokens[source], self.pad_token_id)  # (B, T)
 
+        special = torch.from_numpy(self.is_special[input_ids] | ~is_token)  # (B, T)
         input_ids = torch.from_numpy(input_ids.astype(np.int64))  # (B, T)
-        attention_mask = torch.from_numpy(is_token.astype(np.int64))  # (B, T)
-        special = self.is_special[input_ids] | torch.from_numpy(~is_token)  # (B, T)
+        attention_mask = None
+        if not is_token.all():
+            attention_mask = torch.from_numpy(is_token.astype(np.int64))  # (B, T)
         word_ids = None
         if rows.word_starts is not None:
             starts_word = torch.from_numpy(rows.word_starts[source])  # (B, T)
@@ -98,7 +93,29 @@ class Collator:
             word_ids=word_ids,
             generator=self.generator,
         )
-        return Batch(input_ids, attention_mask, labels, masked_positions(labels))
+        return Batch(input_ids, attention_mask, labels, self._positions(labels))
+
+    def split(self, batch: Batch, rows: int) -> Iterator[Batch]:
+        """Cut into batches of `rows` rows (the last may be shorter)."""
+        for start in range(0, len(batch.labels), rows):
+            input_ids, attention_mask, labels = (
+                None if tensor is None else tensor[start : start + rows] for tensor in batch[:3]
+            )  # (rows, T) each
+            yield Batch(input_ids, attention_mask, labels, self._positions(labels))
+
+    def _positions(self, labels: Tensor) -> Tensor:
+        """(B, T) labels -> (N,) indices of the tokens to predict, in the flattened batch.
+
+        A compiled model wants the same N every time. Then positions without a label, which the
+        loss ignores, are added up to a number that chance does not exceed.
+        """
+        unmasked = labels.flatten() == IGNORE  # (B * T,)
+        if not self.config.compile:
+            return torch.from_numpy(np.flatnonzero(~unmasked.numpy()))  # (N,)
+        total, share = len(unmasked), self.config.mlm_probability
+        count = math.ceil(total * share + 6 * math.sqrt(total * share * (1 - share)))
+        count = max(count, total - int(unmasked.sum()))  # whole words come in larger portions
+        return unmasked.to(torch.uint8).argsort(stable=True)[:count]  # (N,) masked ones first
 
 
 @dataclass
@@ -140,10 +157,11 @@ class Loader:
 
     def _step(self, indices: np.ndarray) -> Step:
         batch = self.collator(self.rows, indices)
+        parts = self.collator.split(batch, self.batch_size)
         return Step(
-            batches=[part.to(self.device) for part in batch.split(self.batch_size)],
-            n_masked=len(batch.positions),
-            n_tokens=int(batch.attention_mask.sum()),
+            batches=[part.to(self.device) for part in parts],
+            n_masked=int((batch.labels != IGNORE).sum()),
+            n_tokens=int((self.rows.starts[indices + 1] - self.rows.starts[indices]).sum()),
         )
 
 

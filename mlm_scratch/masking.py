@@ -72,7 +72,7 @@ def mask_tokens(
 
     # Draw 1: which tokens the model has to predict.
     chosen = toss(mlm_probability) & ~never  # (B, T)
-    labels = input_ids.masked_fill(~chosen, IGNORE)  # (B, T)
+    labels = torch.where(chosen, input_ids, IGNORE)  # (B, T)
 
     # Draw 2: which of those become the mask token.
     masked = toss(mask_replace_prob) & chosen  # (B, T)

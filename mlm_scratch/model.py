@@ -31,7 +31,7 @@ class MaskedLM(nn.Module):
         self.train(model.training)  # a new module starts in train mode
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
     ) -> Tensor:
         """The logits at `positions`, (N,) indices into the flattened batch: (N, V).
 
@@ -54,7 +54,7 @@ class MaskedLM(nn.Module):
 def masked_lm_loss(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     labels: Tensor,
     *,
     positions: Tensor | None = None,
@@ -64,7 +64,7 @@ def masked_lm_loss(
 
     Args:
         model: a MaskedLM, or the AutoModelForMaskedLM to put into one for this call.
-        input_ids, attention_mask: (B, T).
+        input_ids, attention_mask: (B, T); a mask of None: nothing is padded.
         labels: (B, T), the id to predict, -100 where there is none.
         positions: (N,) indices of the masked tokens in the flattened batch, if known. Looking for
             them in labels on a GPU makes the CPU wait.
@@ -93,7 +93,7 @@ def masked_lm_loss(
 def masked_lm_logits(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     labels: Tensor,
     positions: Tensor | None,
     dense: bool,

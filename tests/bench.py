@@ -11,10 +11,12 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +35,9 @@ from mlm_scratch import data
 from mlm_scratch.load import load_model
 from mlm_scratch.loader import Collator
 from mlm_scratch.loop import run_steps
+from mlm_scratch.precision import choose_precision
 from mlm_scratch.recipes import TrainConfig, resolve
-from mlm_scratch.setup import Training, prepare
+from mlm_scratch.setup import prepare
 from mlm_scratch.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
@@ -61,28 +64,26 @@ class Clock:
     def log(self, *metrics: float) -> None:
         """Nothing to do: the run is about its time."""
 
-    def step_seconds(self) -> float:
-        """Median time of a step, without the first, which allocates."""
-        return statistics.median(np.diff(self.times)[1:])
 
-
-def our_steps(t: Training, count: int) -> float:
+def our_steps(
+    model: str, text: str, column: str, device: str, batch_size: str, steps: str
+) -> float:
     """Seconds per optimizer step of the loop."""
-    clock = Clock()
-    t.total_steps, t.eval_rows = t.steps_done + count + 1, None
-    steps = t.loader.steps
-    t.loader.steps = lambda first, last: steps(first, last - 1)  # the last would be saved
+    t = prepare(tutorial_shape(model, text, column, device=device, batch_size=int(batch_size)))
+    clock, all_steps = Clock(), t.loader.steps
+    t.total_steps = int(steps) + 2
+    t.loader.steps = lambda first, last: all_steps(first, last - 1)  # the last would be saved
     run_steps(t, Path(), clock, StopRequest())
-    t.loader.steps = steps
-    return synchronized(t, clock)
+    return seconds_per_step(clock, t.precision.device)
 
 
-def synchronized(t: Training, clock: Clock) -> float:
-    """On a GPU single steps are not timed, but all of them together."""
-    if t.precision.device.type == "cuda":
+def seconds_per_step(clock: Clock, device: torch.device) -> float:
+    """Without the first step, which allocates. On a GPU single steps are not timed, but all of
+    them together."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
         return (time.perf_counter() - clock.times[1]) / (len(clock.times) - 2)
-    return clock.step_seconds()
+    return statistics.median(np.diff(clock.times)[1:])
 
 
 class StepTimes(TrainerCallback):
@@ -96,28 +97,28 @@ class StepTimes(TrainerCallback):
 
 
 def reference_steps(
-    config: TrainConfig, model, tokenizer, examples: list[dict], count: int
+    model: str, text: str, column: str, device: str, batch_size: str, steps: str
 ) -> float:
     """Seconds per optimizer step of Trainer."""
-    times = StepTimes()
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    half = cuda and config.precision in ("auto", "bf16")
+    config = tutorial_shape(model, text, column, device=device, batch_size=int(batch_size))
+    precision = choose_precision(config.device, config.precision)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
+    count, times = int(steps) + 1, StepTimes()
     with tempfile.TemporaryDirectory() as directory:
         Trainer(
-            model=model,
+            model=load_model(model, "scratch"),
             args=TrainingArguments(
                 directory, max_steps=count, per_device_train_batch_size=config.batch_size,
                 learning_rate=config.lr, save_strategy="no", report_to="none", disable_tqdm=True,
-                use_cpu=not cuda, bf16=half, logging_steps=10_000,
+                use_cpu=precision.device.type == "cpu", bf16=precision.dtype == torch.bfloat16,
+                logging_steps=10_000,
             ),
-            train_dataset=examples,
+            train_dataset=examples_of(rows, count * config.batch_size),
             data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.seed),
             callbacks=[times],
         ).train()  # fmt: skip
-    if cuda:
-        torch.cuda.synchronize()
-        return (time.perf_counter() - times.clock.times[1]) / (count - 1)
-    return times.clock.step_seconds()
+    return seconds_per_step(times.clock, precision.device)
 
 
 def tutorial_grouping(examples: dict[str, list[list[int]]], block_size: int) -> dict:
@@ -183,14 +184,13 @@ def step_flops(model, tokens: int, block_size: int, masked: int) -> float:
     return 6 * (tokens * (matrices + attention) + masked * head)
 
 
-def in_a_process(function: str, *arguments: str, **environment: str) -> tuple[float, int]:
-    """Call a function of this module in a process of its own: what it returns (seconds, or None)
-    and the peak memory of the process in bytes."""
+def in_a_process(function: str, *arguments: str, **environment: str) -> list[float]:
+    """Call a function of this module in a process of its own: the numbers it prints, the one it
+    returns (seconds), and the peak memory of the process in bytes."""
     code = (
-        "import re, sys; from tests import bench;"
+        "import sys; from tests import bench;"
         f"print(bench.{function}(*sys.argv[1:]));"
-        # not ru_maxrss, which a child process inherits
-        "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"
+        "print(bench.memory_of_this_process('VmHWM'))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT,
@@ -198,8 +198,7 @@ def in_a_process(function: str, *arguments: str, **environment: str) -> tuple[fl
     )  # fmt: skip
     if result.returncode:
         raise RuntimeError(result.stderr)
-    *_, returned, memory = result.stdout.split()
-    return returned if returned == "None" else float(returned), int(memory)
+    return [float(line) for line in result.stdout.splitlines() if re.fullmatch(r"[\d.e+-]+", line)]
 
 
 # ---- The comparisons -----------------------------------------------------------------------------
@@ -245,30 +244,39 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
             repeats,
         )
 
-    t = prepare(config)
-    model = load_model(config.model, "scratch")
+    shape = (arguments.model, arguments.text, arguments.text_column,
+             arguments.device, str(arguments.batch_size), str(arguments.steps))  # fmt: skip
+    memory = {"our_steps": [], "reference_steps": []}
+
+    def steps_in_a_process(function: str) -> float:
+        """Each in processes of its own: what one does to the allocator is not the other's gain."""
+        *_, took, peak = in_a_process(function, *shape)
+        memory[function].append(peak)
+        return took
+
     step = in_turn(
-        lambda: our_steps(t, arguments.steps),
-        lambda: reference_steps(config, model, tokenizer, examples, arguments.steps),
+        lambda: steps_in_a_process("our_steps"), lambda: steps_in_a_process("reference_steps"),
         repeats,
-    )
-    masked = round(0.15 * config.batch_size * config.block_size)
+    )  # fmt: skip
+    precision = choose_precision(config.device, config.precision)
+    model = load_model(config.model, "scratch")
+    masked = round(config.mlm_probability * config.batch_size * config.block_size)
     tokens = config.batch_size * config.block_size
-    flops = step_flops(t.model, tokens, config.block_size, masked)
-    rate = matrix_rate(t.precision.device, t.precision.dtype)
+    flops = step_flops(model, tokens, config.block_size, masked)
+    rate = matrix_rate(precision.device, precision.dtype)
     yield "training step", step | {
         "tokens_per_second": tokens / step["ours"],
         "roofline_share": flops / step["ours"] / rate, "matrix_flops_per_second": rate,
     }  # fmt: skip
 
-    if t.precision.device.type == "cpu":
-        del t, model
-        source = (arguments.model, arguments.text, arguments.text_column)
-        _, ours = in_a_process("ours_in_two_steps", *source)
-        _, reference = in_a_process("trainers_in_two_steps", *source)
-        ratio = reference / ours
-        yield "peak memory", {"ours": ours, "reference": reference, "ratio": ratio,
-                              "lowest": ratio, "highest": ratio}  # fmt: skip
+    if precision.device.type == "cpu":
+        pairs = list(zip(memory["our_steps"], memory["reference_steps"], strict=True))
+        ratios = [theirs / mine for mine, theirs in pairs]
+        yield "peak memory", {
+            "ours": statistics.median(memory["our_steps"]),
+            "reference": statistics.median(memory["reference_steps"]),
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        }  # fmt: skip
 
     with tempfile.TemporaryDirectory() as directory:
         load_model(config.model, "scratch").save_pretrained(directory)
@@ -314,29 +322,40 @@ def growth(texts: list[str], model: str) -> Iterator[dict]:
                 for copy in range(factor):  # numbered, so that no two copies are the same
                     file.writelines(json.dumps({"text": f"{copy} {t}"}) + "\n" for t in texts)
             environment = {"MLM_SCRATCH_CACHE": directory, "HF_DATASETS_CACHE": directory}
-            took, memory = in_a_process("prepare_text", model, str(path), **environment)
-            again, _ = in_a_process("prepare_text", model, str(path), **environment)
-            yield {"factor": factor, "seconds": took, "peak_memory": memory, "again": again}
+            own, took, peak = in_a_process("prepare_text", model, str(path), **environment)
+            _, again, _ = in_a_process("prepare_text", model, str(path), **environment)
+            yield {"factor": factor, "seconds": took, "peak_memory": peak,
+                   "own_memory": own, "again": again}  # fmt: skip
 
 
 def prepare_text(model: str, path: str) -> float:
-    """Seconds from a file to rows of ids."""
+    """Seconds from a file to rows of ids. Prints the most memory that was its own meanwhile:
+    pages of mapped files are not counted, which the system takes back when it needs room."""
     config = tutorial_shape(model, path, "text")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return seconds(lambda: data.prepare_rows(data.load_documents(config)[0], tokenizer, config))
+    samples, done = [], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            samples.append(memory_of_this_process("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        return seconds(
+            lambda: data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
+        )
+    finally:
+        done.set()
+        thread.join()
+        print(max(samples, default=memory_of_this_process("RssAnon")))
 
 
-def ours_in_two_steps(model: str, text: str, column: str) -> None:
-    """Prepare a run of the tutorial's shape and do two steps."""
-    our_steps(prepare(tutorial_shape(model, text, column)), 2)
-
-
-def trainers_in_two_steps(model: str, text: str, column: str) -> None:
-    """The same with Trainer."""
-    config = tutorial_shape(model, text, column)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
-    reference_steps(config, load_model(model, "scratch"), tokenizer, examples_of(rows, 100), 2)
+def memory_of_this_process(field: str) -> int:
+    """Bytes in a field of /proc/self/status: VmHWM (the peak; not ru_maxrss, which a child process
+    inherits) or RssAnon (now, without mapped files)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
 
 
 def tutorial_shape(model: str, text: str, column: str, **settings) -> TrainConfig:
@@ -405,7 +424,8 @@ def main() -> None:
         for line in growth(list(data.load_documents(config)[0]), arguments.model):
             results["growth"].append(line)
             print(f"{line['factor']:2} x the text: prepared in {line['seconds']:.1f} s, peak "
-                  f"memory {line['peak_memory'] / 2**20:,.0f} MiB; from the cache in "
+                  f"memory {line['own_memory'] / 2**20:,.0f} MiB, with mapped files "
+                  f"{line['peak_memory'] / 2**20:,.0f}; from the cache in "
                   f"{line['again']:.1f} s", flush=True)  # fmt: skip
     content = {"machine": machine, "results": results}
     Path(arguments.output).write_text(json.dumps(content, indent=1))

@@ -111,6 +111,15 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
+def test_a_mask_of_ones_says_no_more_than_none(model):
+    input_ids, _, labels = batch()
+    sums = [
+        masked_lm_loss(model, input_ids[:1], mask, labels[:1])[0].item()
+        for mask in (None, torch.ones_like(input_ids[:1]))
+    ]
+    assert sums[0] == sums[1]
+
+
 def test_evaluation_with_either_head_is_the_same(model):
     encoding = TOKENIZER(SENTENCES, truncation=True, max_length=24)["input_ids"]
     rows = TokenRows(

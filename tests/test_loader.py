@@ -56,6 +56,31 @@ def test_rows_are_padded_to_the_longest_of_their_step():
     assert (batch.labels.flatten()[batch.positions] != IGNORE).all()
 
 
+def test_rows_without_padding_have_no_attention_mask():
+    """A model that finds a mask looks into it, and on a GPU that is a wait."""
+    step = next(loader(rows_of(4, 4, 4), batch_size=2, accumulate=2).steps(0, 1))
+    assert [batch.attention_mask for batch in step.batches] == [None, None]
+    assert [len(batch.labels) for batch in step.batches] == [2, 1] and step.n_tokens == 12
+
+
+def test_a_compiled_model_gets_the_same_number_of_positions_every_time():
+    rows = rows_of(*[32] * 64)
+    settings = {"batch_size": 4, "accumulate": 2}
+    plain, static = (
+        list(loader(rows, compile=compile, **settings).steps(0, 8)) for compile in (False, True)
+    )
+    counts = [len(batch.positions) for step in plain for batch in step.batches]
+    assert len(set(counts)) > 5
+    assert {len(batch.positions) for step in static for batch in step.batches} == {44}
+    for one, other in zip(plain, static, strict=True):
+        assert one.n_masked == other.n_masked
+        for batch, padded in zip(one.batches, other.batches, strict=True):
+            n = len(batch.positions)
+            assert torch.equal(padded.positions[:n], batch.positions)
+            assert (padded.labels.flatten()[padded.positions[n:]] == IGNORE).all()
+            assert len(set(padded.positions.tolist())) == 44
+
+
 def test_each_epoch_sees_every_row_once_in_a_new_order():
     steps = list(loader(rows_of(*[2] * 7), batch_size=3).steps(0, 6))
     seen = [originals(step.batches[0])[:, 0] for step in steps]

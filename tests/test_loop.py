@@ -307,6 +307,34 @@ def test_a_step_without_masked_tokens_changes_nothing(files):
         assert old["scheduled_steps"] == new["scheduled_steps"]
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", [
+    "fp32", "bf16",
+    pytest.param("fp16", marks=pytest.mark.xfail(
+        strict=True, raises=RuntimeError, reason="the schedule asks whether the step was taken"
+    )),
+])  # fmt: skip
+def test_a_step_never_waits_for_the_gpu(files, precision):
+    """From the end of step 2 to that of step 9, in between two looks at the loss, every wait of
+    the CPU for the GPU is an error."""
+    t = prepare(config(files, device="cuda", precision=precision, max_steps=12, log_every=100))
+
+    class Switch:
+        steps = 0
+
+        def advance(self, n_tokens):
+            self.steps += 1
+            if self.steps in (2, 9):
+                torch.cuda.set_sync_debug_mode("error" if self.steps == 2 else "default")
+
+    run_dir = make_run_dir(t.config)
+    try:
+        run_steps(t, run_dir, Switch(), StopRequest())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert t.steps_done == 12
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_a_compiled_model_learns_the_same(files, device):
     """The compiled code reads the positions of each batch, not those of the first one."""
