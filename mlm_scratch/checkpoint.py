@@ -7,6 +7,7 @@ tokenizer), with the state that the next step depends on and a manifest of sizes
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,13 +22,13 @@ MANIFEST = "manifest.json"
 
 
 def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model so that `directory` appears whole or not at all."""
+    """Write the model so that `directory` appears whole or not at all. Raises OSError."""
 
     def write(unfinished: Path) -> None:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
-    _write_directory(directory, write)
+    _write_directory(directory, write, _size_of(model))
 
 
 def save_checkpoint(
@@ -37,10 +38,14 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     keep: int,
+    superseded: Path | None = None,
 ) -> Path:
-    """Write checkpoint-<step> into `run_dir` and remove all but the newest `keep` checkpoints.
+    """Write checkpoint-<step> into `run_dir`; once it is there and valid, remove all but the newest
+    `keep` checkpoints, and the one `superseded` by it.
 
     state: whatever `torch.load(weights_only=True)` can read back: tensors, numbers, containers.
+
+    Raises OSError where it cannot be written; all older ones are still there then.
     """
     directory = run_dir / f"checkpoint-{step}"
 
@@ -49,10 +54,14 @@ def save_checkpoint(
         tokenizer.save_pretrained(unfinished)
         torch.save(state, unfinished / STATE)
 
-    _write_directory(directory, write)
+    _write_directory(directory, write, 3 * _size_of(model))  # AdamW has two moments per weight
+    if fault := find_fault(directory):
+        raise OSError(f"{directory.name} is not as it was written: {fault}")
     # Later ones are left from before a resume, damaged perhaps: this run will write them again.
-    for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][keep:]:
-        shutil.rmtree(old)
+    up_to_now = [path for path in checkpoints(run_dir) if step_of(path) <= step]
+    for old in up_to_now:
+        if old in up_to_now[keep:] or old == superseded != directory:
+            shutil.rmtree(old)
     return directory
 
 
@@ -98,26 +107,47 @@ def find_fault(directory: Path) -> str | None:
     return None if STATE in manifest else f"{STATE} is missing"
 
 
-def _write_directory(directory: Path, write: Callable[[Path], None]) -> None:
+def _size_of(model: PreTrainedModel) -> int:
+    """Bytes of its weights."""
+    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+
+
+def _write_directory(directory: Path, write: Callable[[Path], None], expected_size: int) -> None:
+    free = shutil.disk_usage(directory.parent).free
+    if free < expected_size:
+        raise OSError(
+            f"{directory.name} needs {expected_size / 1e6:,.0f} MB, and there are only "
+            f"{free / 1e6:,.0f} MB free"
+        )
     unfinished = directory.with_name(f".unfinished-{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write(unfinished)
-    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    unfinished.mkdir()
+    try:
+        _write_whole(unfinished, write)
+        if directory.exists():  # the same step again, after a resume: the same content
+            shutil.rmtree(directory)
+        os.rename(unfinished, directory)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its room back
+        # The Rust and C++ parts of the libraries do not raise OSError for what the system refuses.
+        if re.search("os error|inline_container", str(error)):
+            raise OSError(f"{directory.name} cannot be written whole: {error}") from error
+        raise
+    _sync(directory.parent)
+
+
+def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
+    """Write the files and their manifest, down to the disk."""
+    write(directory)
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = {
-        str(path.relative_to(unfinished)): {
-            "size": path.stat().st_size, "sha256": _checksum(path)
-        }
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _checksum(path)}
         for path in files
     }
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
     # A rename survives a power cut only after what it makes visible: contents first, names after.
-    for path in [*files, unfinished / MANIFEST, unfinished]:
+    for path in [*files, directory / MANIFEST, directory]:
         _sync(path)
-    if directory.exists():  # the same step again, after a resume: the same content
-        shutil.rmtree(directory)
-    os.rename(unfinished, directory)
-    _sync(directory.parent)
 
 
 def _sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from mlm_scratch.model import masked_lm_logits
 from mlm_scratch.precision import Precision
 from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import TrainConfig
+from mlm_scratch.signals import StopRequest
 
 
 @torch.no_grad()
@@ -28,8 +29,9 @@ def evaluate(
     rows: TokenRows,
     config: TrainConfig,
     precision: Precision,
-) -> dict[str, float]:
-    """Predict the masked tokens of all rows.
+    stop: StopRequest | None = None,
+) -> dict[str, float] | None:
+    """Predict the masked tokens of all rows; None if a stop signal comes before the last.
 
     Training is left as it was: train or eval mode, and every random state (the masks come from a
     generator of their own, and nothing else is random without dropout).
@@ -47,8 +49,10 @@ def evaluate(
     try:
         starts = range(0, len(rows), config.eval_batch_size)
         for start in progress_bar(starts, desc="evaluating", unit=" batches", leave=False):
-            stop = min(start + config.eval_batch_size, len(rows))
-            batch = collator(rows, np.arange(start, stop))
+            if stop is not None and stop.received is not None:
+                return None
+            end = min(start + config.eval_batch_size, len(rows))
+            batch = collator(rows, np.arange(start, end))
             n_masked += int((batch.labels != IGNORE).sum())
             batch = batch.to(device)
             with precision.autocast():

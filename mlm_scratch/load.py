@@ -52,9 +52,11 @@ def load_tokenizer_and_model(
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hub id or directory. Raises UserError."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the libraries raise a dozen types here; the message says which
         raise UserError(_cannot_load("tokenizer", name, error)) from error
+    tokenizer.chat_template = None  # of no use here, and it is saved in files that it names itself
+    return tokenizer
 
 
 def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:

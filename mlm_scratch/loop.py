@@ -6,6 +6,7 @@
 the settings to a finished run directory; what is built before the first step is in setup.py.
 """
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlm_scratch.report import Report, draw_losses
 from mlm_scratch.run_dir import (
     LATEST,
     check_output_dir,
+    claim,
     make_run_dir,
     point_latest_to,
     write_run_json,
@@ -40,42 +42,62 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     if resume:
         run_dir = Path(config.output_dir or LATEST)
-        t = prepare(config, newest_valid_checkpoint(run_dir))
-        shutil.rmtree(run_dir / "model", ignore_errors=True)  # it is final no longer
+        with claim(run_dir):
+            t = prepare(config, newest_valid_checkpoint(run_dir))
+            shutil.rmtree(run_dir / "model", ignore_errors=True)  # it is final no longer
+            finish(t, run_dir)
     else:
         check_output_dir(config)
         t = prepare(config)
         run_dir = make_run_dir(config)  # only now that nothing is wrong with text and model
-    write_run_json(config, run_dir)
-    point_latest_to(run_dir)
-    print(f"run: {run_dir}, steps {t.steps_done} to {t.total_steps}", flush=True)
-    with (
-        StopRequest() as stop,
-        Report(run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch) as report,
-    ):
-        run_steps(t, run_dir, report, stop)
-    draw_losses(run_dir)
-    if stop.received:
-        print(f"stopped; go on with: python train.py --resume --output-dir {run_dir}")
-        raise SystemExit(128 + stop.received)
-    if not t.weights_are_finite():
-        raise UserError(
-            f"the weights are NaN or infinite after step {t.steps_done}: there is no model to save;"
-            " begin a new run with a lower --lr or --weight-decay"
-        )
-    if lost := t.lost_steps.item():
-        print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
-    save_model(run_dir / "model", t.model, t.tokenizer)
+        with claim(run_dir):
+            check_output_dir(config)  # another run may have come and gone meanwhile
+            finish(t, run_dir)
     return run_dir
 
 
-def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> None:
+def finish(t: Training, run_dir: Path) -> None:
+    """Do all that is left of a run; see `train`."""
+    go_on = f"python train.py --resume --output-dir {shlex.quote(str(run_dir))}"
+    write_run_json(t.config, run_dir)
+    point_latest_to(run_dir)
+    print(f"run: {run_dir}, steps {t.steps_done} to {t.total_steps}", flush=True)
+    try:
+        with StopRequest() as stop:
+            with Report(run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch) as report:
+                stopped = run_steps(t, run_dir, report, stop)
+            draw_losses(run_dir)
+            if stopped:
+                print(f"stopped; go on with: {go_on}", flush=True)
+                raise SystemExit(128 + stop.received)
+            if not t.weights_are_finite():
+                raise UserError(
+                    f"the weights are NaN or infinite after step {t.steps_done}: there is no model "
+                    "to save; begin a new run with a lower --lr or --weight-decay"
+                )
+            if lost := t.lost_steps.item():
+                print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
+            save_model(run_dir / "model", t.model, t.tokenizer)
+    except BrokenPipeError:  # nobody reads what is printed: that is no fault of the run directory
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {run_dir}: {error.strerror or error}; its checkpoints are kept: mend "
+            f"that, then go on with: {go_on}"
+        ) from error
+
+
+def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> bool:
     """Run the optimizer steps that are left, or up to the first one after a stop signal.
 
     t: the run in memory. t.net is its model, with the head on masked positions only.
+
+    Returns: whether a signal stopped it before its end.
     """
     config, net, optimizer, scaler = t.config, t.net, t.optimizer, t.scaler
 
+    if t.evaluation_is_due() and evaluate_and_save(t, run_dir, report, stop):
+        return True  # a signal cut that evaluation short once, and now again
     for step in t.loader.steps(t.steps_done, t.total_steps):
         # ---- One optimizer step
         learning_rate = t.scheduler.get_last_lr()[0]
@@ -110,10 +132,22 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
             report.log(t.steps_done, t.take_mean_loss(), learning_rate, grad_norm.item())
         if t.steps_done % min(config.log_every, LOST_STEPS_IN_A_ROW) == 0:
             t.stop_if_lost()
-        if t.eval_rows is not None and t.due(config.eval_every or t.loader.steps_per_epoch):
-            metrics = evaluate(net, t.tokenizer, t.eval_rows, config, t.precision)
+        if evaluate_and_save(t, run_dir, report, stop):
+            return True
+    return False
+
+
+def evaluate_and_save(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> bool:
+    """Evaluate and save, where either is due. Returns whether a signal asks to stop now.
+
+    An evaluation that a signal cuts short is done after the resume.
+    """
+    if t.evaluation_is_due():
+        metrics = evaluate(t.net, t.tokenizer, t.eval_rows, t.config, t.precision, stop)
+        if metrics is not None:
             report.evaluation(t.steps_done, metrics)
-        if t.due(config.save_every) or stop.received:
-            t.save(run_dir)
-        if stop.received:
-            break
+            t.evaluated_at = t.steps_done
+    stopping = stop.received is not None  # read once: a signal may come at any moment
+    if stopping or t.due(t.config.save_every):
+        t.save(run_dir)
+    return stopping

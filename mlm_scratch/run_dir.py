@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mlm_scratch.recipes import TrainConfig
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
 RUN_JSON = "run.json"
+LOCK = ".lock"
 
 # What a resumed run may do otherwise than it began; anything else would make it another run.
 MAY_CHANGE = {
@@ -63,6 +66,27 @@ def make_run_dir(config: TrainConfig) -> Path:
         raise UserError(f"cannot make the run directory: {error}") from error
 
 
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory. The system frees the lock when this process
+    ends, however it ends.
+
+    Raises UserError where another one has it, or where nothing can be written.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            lock = opened.enter_context(open(run_dir / LOCK, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run_dir} is in use by another process: wait for it, stop it, or begin a run "
+                "with another --output-dir"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
+        yield
+
+
 def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConfig:
     """The settings of the run in `output_dir` (None: the newest run), with `changes`.
 
@@ -77,11 +101,14 @@ def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConf
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
     for name, value in changes.items():
-        if name not in MAY_CHANGE and saved.get(name) != value:
+        begun_with = saved.get(name)
+        if name not in MAY_CHANGE and begun_with != value:
             raise UserError(
-                f"--resume: this run was begun with {name} {saved.get(name)!r}, not {value!r}; "
+                f"--resume: this run was begun with {name} {begun_with!r}, not {value!r}; "
                 "begin a new run for that"
             )
+        if name != "output_dir" and begun_with != value:
+            print(f"changed: {name} is {value} now, not {begun_with}")
     try:
         return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
     except TypeError as error:  # a setting that there is not, or no longer

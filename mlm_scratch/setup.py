@@ -49,10 +49,18 @@ class Training:
     lost_steps: Tensor  # () all such steps of the run
     steps_since_log: int = 0
     steps_done: int = 0
+    evaluated_at: int = 0  # steps done at the last evaluation
+    superseded: Path | None = None  # the checkpoint of a stop signal: of no use after the next one
 
     def due(self, every: int) -> bool:
         """Whether something done every so many steps (0: only at the end) is due now."""
         return self.steps_done == self.total_steps or (every > 0 and self.steps_done % every == 0)
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the model of this moment is to be evaluated and has not been yet."""
+        every = self.config.eval_every or self.loader.steps_per_epoch
+        new = self.steps_done > self.evaluated_at
+        return self.eval_rows is not None and new and self.due(every)
 
     def count_step(self, step_loss: Tensor) -> None:
         """One optimizer step is done. Its loss is added to the sums without being read."""
@@ -92,14 +100,16 @@ class Training:
             return
         save_checkpoint(
             run_dir, self.steps_done, self.model, self.tokenizer, self.state_dict(),
-            self.config.keep,
+            self.config.keep, self.superseded,
         )
+        self.superseded = None
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the weights."""
         device = self.precision.device
         return {
             "steps_done": self.steps_done,
+            "evaluated_at": self.evaluated_at,
             "steps_since_log": self.steps_since_log,
             "loss_since_log": self.loss_since_log,
             "lost_in_a_row": self.lost_in_a_row,
@@ -108,10 +118,15 @@ class Training:
             "scheduled_steps": self.scheduler.last_epoch,  # without those not taken
             "scaler": self.scaler.state_dict(),
             "mask_generator": self.loader.collator.generator.get_state(),
-            "text_digest": self.loader.rows.text_digest,
+            "text_digests": self.text_digests(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
+
+    def text_digests(self) -> dict[str, str]:
+        """What tells the texts of this run from any other."""
+        held_out = self.eval_rows.text_digest if self.eval_rows else ""
+        return {"training": self.loader.rows.text_digest, "evaluation": held_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the weights come with the model.
@@ -119,9 +134,10 @@ class Training:
         Raises UserError if the text is not the one that the run was begun with.
         """
         device = self.precision.device
-        if state["text_digest"] != self.loader.rows.text_digest:
-            raise UserError("--resume: the training text has changed since; begin a new run")
-        self.steps_done = state["steps_done"]
+        for which, digest in self.text_digests().items():
+            if state["text_digests"][which] != digest:
+                raise UserError(f"--resume: the {which} text has changed since; begin a new run")
+        self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
         if self.total_steps < self.steps_done:
             raise UserError(
                 f"--resume: the run has {self.steps_done} steps already, more than the "
@@ -183,6 +199,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Training:
     torch.manual_seed(config.seed)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
+        t.superseded = None if t.due(config.save_every) else checkpoint
     return t
 
 
