@@ -7,6 +7,7 @@ tokenizer), with the state that the next step depends on and a manifest of sizes
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm_scratch.errors import UserError
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
@@ -57,11 +60,11 @@ def save_checkpoint(
     _write_directory(directory, write, 3 * _size_of(model))  # AdamW has two moments per weight
     if fault := find_fault(directory):
         raise OSError(f"{directory.name} is not as it was written: {fault}")
+    if superseded not in (None, directory):
+        shutil.rmtree(superseded)
     # Later ones are left from before a resume, damaged perhaps: this run will write them again.
-    up_to_now = [path for path in checkpoints(run_dir) if step_of(path) <= step]
-    for old in up_to_now:
-        if old in up_to_now[keep:] or old == superseded != directory:
-            shutil.rmtree(old)
+    for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][keep:]:
+        shutil.rmtree(old)
     return directory
 
 
@@ -86,8 +89,15 @@ def newest_valid_checkpoint(run_dir: Path) -> Path | None:
 
 
 def load_state(directory: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` was given. Tensors come back on the CPU."""
-    return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    """The state that `save_checkpoint` was given. Tensors come back on the CPU.
+
+    Raises UserError for what is no such state. Nothing is unpickled that could run code.
+    """
+    try:
+        return torch.load(directory / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{directory / STATE} cannot be read: {reason}") from error
 
 
 def find_fault(directory: Path) -> str | None:
@@ -133,7 +143,7 @@ def _write_directory(directory: Path, write: Callable[[Path], None], expected_si
         if re.search("os error|inline_container", str(error)):
             raise OSError(f"{directory.name} cannot be written whole: {error}") from error
         raise
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
 def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
@@ -147,10 +157,11 @@ def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
     # A rename survives a power cut only after what it makes visible: contents first, names after.
     for path in [*files, directory / MANIFEST, directory]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring what was written to a file or directory down to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -31,6 +31,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch import corpus
+from mlm_scratch.checkpoint import sync
 from mlm_scratch.errors import UserError
 from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
@@ -176,6 +177,8 @@ def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset:
         datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError,
         RuntimeError,  # a data set that is a script
     ) as error:  # fmt: skip
+        if "SchemaInferenceError" in repr(error.__cause__):  # what a file without any row leads to
+            raise UserError(f"cannot load {source}: there is no text in it") from error
         while error.__cause__ is not None:  # datasets wraps the parser's own error
             error = error.__cause__
         raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
@@ -299,10 +302,12 @@ def write_rows(
         sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
         meta = {"dtype": dtype.name, "tokens": total, "sizes": sizes}
         (unfinished / "meta.json").write_text(json.dumps(meta))
+        for path in unfinished.iterdir():
+            sync(path)
         os.rename(unfinished, directory)
-    except OSError:
+    except OSError as error:
         if not _is_whole(directory):  # else another run has just finished the same directory
-            raise
+            raise UserError(f"cannot write below {directory.parent}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

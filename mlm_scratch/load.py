@@ -52,7 +52,7 @@ def load_tokenizer_and_model(
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hub id or directory. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries raise a dozen types here; the message says which
         raise UserError(_cannot_load("tokenizer", name, error)) from error
     tokenizer.chat_template = None  # of no use here, and it is saved in files that it names itself
@@ -66,10 +66,10 @@ def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
     """
     try:
         if init == "scratch":
-            model_config = AutoConfig.from_pretrained(name)
+            model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
         model, info = AutoModelForMaskedLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         raise UserError(_cannot_load("model", name, error)) from error

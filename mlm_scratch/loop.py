@@ -147,7 +147,8 @@ def evaluate_and_save(t: Training, run_dir: Path, report: Report, stop: StopRequ
         if metrics is not None:
             report.evaluation(t.steps_done, metrics)
             t.evaluated_at = t.steps_done
-    stopping = stop.received is not None  # read once: a signal may come at any moment
-    if stopping or t.due(t.config.save_every):
+    if stop.received or t.due(t.config.save_every):
+        report.sync()
         t.save(run_dir)
-    return stopping
+        return stop.received is not None  # a signal during the save needs no other step
+    return False

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ class Report:
             )
         self.since = time.perf_counter()  # an evaluation is not training time
         self.tokens = 0
+
+    def sync(self) -> None:
+        """Bring the lines up to now down to the disk: a checkpoint must not outlive them."""
+        os.fsync(self.metrics.fileno())
 
     def _epoch(self, step: int) -> float:
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)

@@ -1,8 +1,12 @@
 """What every test is kept from: the network, the user's caches, tokens in the environment."""
 
+import io
 import os
+import sys
 
 import pytest
+
+from mlm_scratch.errors import run_command
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it; tests of the Hub unset it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,6 +19,19 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MLM_SCRATCH_CACHE", str(base / "mlm_scratch"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", base / "datasets")
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))  # runs/ goes there
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call a command line in this process: call(train, "--epochs", "2") -> (code, out, err)."""
+
+    def run(module, *arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = run_command(module.main)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def pytest_configure(config):

@@ -221,33 +221,6 @@ def test_the_bundled_corpus_takes_the_same_way():
     assert any("Milky Way" in text for text in train)
 
 
-def broken_gz(path):
-    write_gz(path)
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-@pytest.mark.parametrize("name, write, message", [
-    ("missing.txt", lambda path: None, "no such file"),
-    ("dir.txt", lambda path: path.mkdir(), "a directory"),
-    ("empty.txt", lambda path: path.touch(), "the file is empty"),
-    ("a.docx", lambda path: path.touch(), "unknown kind of file"),
-    ("binary.txt", lambda path: path.write_bytes(bytes(range(256))), "UnicodeDecodeError"),
-    ("zeros.txt", lambda path: path.write_bytes(bytes(100)), "NUL"),
-    ("latin.txt", lambda path: path.write_bytes("café".encode("latin-1")), "UnicodeDecodeError"),
-    ("broken.jsonl", lambda path: path.write_text('{"text": "a"}\n{"text": '), "cannot load"),
-    ("no_column.csv", lambda path: path.write_text("a,b\n1,2\n"), "no column 'text'; it has a, b"),
-    ("number.csv", lambda path: path.write_text("text\n1\n"), "holds int, not text"),
-    ("headed.csv", lambda path: path.write_text("text\n"), "no data"),
-    ("not.parquet", lambda path: path.write_text("PAR1?"), "cannot load"),
-    ("short.jsonl.gz", broken_gz, "cannot load"),
-])  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said(tmp_path, name, write, message):
-    path = tmp_path / name
-    write(path)
-    with pytest.raises(UserError, match=message):
-        list(load_documents(config(path))[0])
-
-
 def test_too_little_text_is_said(tmp_path):
     write_text(tmp_path / "a.txt", ["short"])
     settings = config(tmp_path / "a.txt")
