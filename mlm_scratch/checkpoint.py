@@ -40,11 +40,8 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
-    keep: int,
-    superseded: Path | None = None,
 ) -> Path:
-    """Write checkpoint-<step> into `run_dir`; once it is there and valid, remove all but the newest
-    `keep` checkpoints, and the one `superseded` by it.
+    """Write checkpoint-<step> into `run_dir` and read it back.
 
     state: whatever `torch.load(weights_only=True)` can read back: tensors, numbers, containers.
 
@@ -60,12 +57,23 @@ def save_checkpoint(
     _write_directory(directory, write, 3 * _size_of(model))  # AdamW has two moments per weight
     if fault := find_fault(directory):
         raise OSError(f"{directory.name} is not as it was written: {fault}")
-    if superseded not in (None, directory):
-        shutil.rmtree(superseded)
-    # Later ones are left from before a resume, damaged perhaps: this run will write them again.
-    for old in [path for path in checkpoints(run_dir) if step_of(path) <= step][keep:]:
-        shutil.rmtree(old)
     return directory
+
+
+def remove_old(run_dir: Path, step: int, keep: int, scheduled: Callable[[int], bool]) -> None:
+    """Remove all but the newest `keep` checkpoints up to that of `step`, which has to be valid.
+
+    scheduled: whether a checkpoint belongs to a step. One of another step, written when a signal
+    came, is removed first: a run that was stopped ends with the checkpoints of one that was not.
+    """
+    # Later ones are left from before a resume, damaged perhaps: this run will write them again.
+    kept = [path for path in checkpoints(run_dir) if step_of(path) <= step]
+    for old in kept[1:]:
+        if not scheduled(step_of(old)):
+            kept.remove(old)
+            shutil.rmtree(old)
+    for old in kept[keep:]:
+        shutil.rmtree(old)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -141,7 +149,9 @@ def _write_directory(directory: Path, write: Callable[[Path], None], expected_si
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its room back
         # The Rust and C++ parts of the libraries do not raise OSError for what the system refuses.
         if re.search("os error|inline_container", str(error)):
-            raise OSError(f"{directory.name} cannot be written whole: {error}") from error
+            raise OSError(
+                f"{directory.name} cannot be written whole (is the disk full?): {error}"
+            ) from error
         raise
     sync(directory.parent)
 

@@ -45,6 +45,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         with claim(run_dir):
             t = prepare(config, newest_valid_checkpoint(run_dir))
             shutil.rmtree(run_dir / "model", ignore_errors=True)  # it is final no longer
+            t.remove_old_checkpoints(run_dir)  # where a kill came before it
             finish(t, run_dir)
     else:
         check_output_dir(config)
@@ -64,7 +65,9 @@ def finish(t: Training, run_dir: Path) -> None:
     print(f"run: {run_dir}, steps {t.steps_done} to {t.total_steps}", flush=True)
     try:
         with StopRequest() as stop:
-            with Report(run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch) as report:
+            with Report(
+                run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at
+            ) as report:
                 stopped = run_steps(t, run_dir, report, stop)
             draw_losses(run_dir)
             if stopped:

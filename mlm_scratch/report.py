@@ -23,10 +23,18 @@ class Report:
     progress bar and to TensorBoard only.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, total_steps: int, steps_per_epoch: int):
-        """first_step: steps done so far; what an interrupted run logged after them is dropped."""
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        evaluated_at: int = 0,
+    ):
+        """first_step: steps done so far; evaluated_at: steps done at the last evaluation. What an
+        interrupted run noted after them is dropped: it will be noted again."""
         self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
-        _forget_after(first_step, run_dir / METRICS)
+        _forget_after(first_step, evaluated_at, run_dir / METRICS)
         self.metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "logs", purge_step=first_step + 1)
         self.bar = progress_bar(
@@ -88,19 +96,25 @@ class Report:
         self.metrics.flush()
 
 
-def _forget_after(last_step: int, metrics: Path) -> None:
+def _forget_after(last_step: int, last_evaluation: int, metrics: Path) -> None:
     """Cut the file where the lines of later steps begin, or a line that was not finished."""
     metrics.touch()
     kept = 0
     with metrics.open("rb+") as file:
         for line in file:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
-                    break
-            except (ValueError, KeyError, TypeError):  # not a line of ours: nor what follows it
+            if _is_later(line, last_step, last_evaluation):
                 break
             kept += len(line)
         file.truncate(kept)
+
+
+def _is_later(line: bytes, last_step: int, last_evaluation: int) -> bool:
+    try:
+        values = json.loads(line)
+        last = last_evaluation if "eval_loss" in values else last_step
+        return not line.endswith(b"\n") or values["step"] > last
+    except (ValueError, KeyError, TypeError):  # not a line of ours: nor what follows it
+        return True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

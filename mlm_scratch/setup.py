@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mlm_scratch.checkpoint import load_state, save_checkpoint
+from mlm_scratch.checkpoint import load_state, remove_old, save_checkpoint
 from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import load_tokenizer_and_model
@@ -50,11 +51,12 @@ class Training:
     steps_since_log: int = 0
     steps_done: int = 0
     evaluated_at: int = 0  # steps done at the last evaluation
-    superseded: Path | None = None  # the checkpoint of a stop signal: of no use after the next one
 
-    def due(self, every: int) -> bool:
-        """Whether something done every so many steps (0: only at the end) is due now."""
-        return self.steps_done == self.total_steps or (every > 0 and self.steps_done % every == 0)
+    def due(self, every: int, step: int | None = None) -> bool:
+        """Whether something done every so many steps (0: only at the end) is due at `step`, or
+        now."""
+        step = self.steps_done if step is None else step
+        return step == self.total_steps or (every > 0 and step % every == 0)
 
     def evaluation_is_due(self) -> bool:
         """Whether the model of this moment is to be evaluated and has not been yet."""
@@ -99,10 +101,14 @@ class Training:
                   file=sys.stderr)
             return
         save_checkpoint(
-            run_dir, self.steps_done, self.model, self.tokenizer, self.state_dict(),
-            self.config.keep, self.superseded,
+            run_dir, self.steps_done, self.model, self.tokenizer, self.state_dict()
         )
-        self.superseded = None
+        self.remove_old_checkpoints(run_dir)
+
+    def remove_old_checkpoints(self, run_dir: Path) -> None:
+        """Keep config.keep of them, now that the one of this step is there and valid."""
+        scheduled = partial(self.due, self.config.save_every)
+        remove_old(run_dir, self.steps_done, self.config.keep, scheduled)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the weights."""
@@ -199,7 +205,6 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Training:
     torch.manual_seed(config.seed)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
-        t.superseded = None if t.due(config.save_every) else checkpoint
     return t
 
 

@@ -9,6 +9,7 @@ SIGTERM.
 """
 
 import argparse
+import faulthandler
 import itertools
 import mmap
 import os
@@ -92,6 +93,7 @@ def run_in_child(config: TrainConfig, phase: mmap.mmap, die_at_call: int = 0) ->
         torch.set_num_threads(1)
         for stream in (1, 2):
             os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # should it hang
         follow(phase, die_at_call)
         loop.train(config, resume=(Path(config.output_dir) / RUN_JSON).exists())
         code = 0

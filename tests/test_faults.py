@@ -100,6 +100,31 @@ def test_a_signal_loses_nothing_wherever_it_comes(
     assert_same_run(whole, train(settings, resume=True))
 
 
+def test_an_evaluation_made_up_for_is_noted_once(files, monkeypatch):
+    """Stopped in the evaluation at step 5, then killed after it was made up for."""
+    settings = config(files, output_dir="stopped", save_every=7)
+    whole = train(replace(settings, output_dir="whole"))
+    evaluate, step = loop.evaluate, loop.masked_lm_loss
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "evaluate", signalled)
+    with pytest.raises(SystemExit):
+        train(settings)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "masked_lm_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, resume=True)
+    monkeypatch.setattr(loop, "masked_lm_loss", step)
+    assert '"eval_loss"' in Path("stopped/metrics.jsonl").read_text()
+    assert_same_run(whole, train(settings, resume=True))
+
+
 def test_a_second_interrupt_stops_at_once_and_harms_nothing(files, monkeypatch):
     whole = train(config(files, output_dir="whole"))
     settings = config(files, output_dir="stopped")

@@ -72,9 +72,13 @@ def call(environment, *arguments, script="train.py"):
 
 
 def test_the_tutorial_runs_whole_against_the_hub(hub, home):
+    token = "hf_" + 34 * "x"
     with hub:
-        run = call(hub.environment(home), "--recipe", "tutorial")
+        run = call(hub.environment(home) | {"HF_TOKEN": token}, "--recipe", "tutorial")
     assert run.returncode == 0, run.stderr
+    written = b"".join(path.read_bytes() for path in Path("runs").rglob("*") if path.is_file())
+    assert len(written) > 10**5 and token.encode() not in written
+    assert token not in run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
     assert config == json.loads(json.dumps(vars(TUTORIAL))) | {"output_dir": "runs/tutorial"}
@@ -131,8 +135,8 @@ def test_the_tutorial_is_an_error_where_it_was_asked_for(hub, tmp_path):
 
 def test_a_model_that_the_hub_does_not_have(hub, home):
     with hub:
-        run = call(hub.environment(home), "--model", "no/such", "--max-steps", "1")
-    assert run.returncode == 2
+        run = call(hub.environment(home) | {"HF_TOKEN": "hf_secret"}, "--model", "no/such")
+    assert run.returncode == 2 and "hf_secret" not in run.stdout + run.stderr
     assert "no/such" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
 
 
