@@ -21,7 +21,7 @@ def main() -> None:
     """Parse, load, fill, print."""
     arguments = parse_arguments()
     texts = arguments.texts
-    if not texts and not sys.stdin.isatty():
+    if not texts and sys.stdin is not None and not sys.stdin.isatty():
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]

@@ -78,7 +78,10 @@ def remove_old(run_dir: Path, step: int, keep: int, scheduled: Callable[[int], b
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [p for p in run_dir.glob("checkpoint-*") if p.name.split("-", 1)[1].isdigit()]
+    found = [
+        path for path in run_dir.glob("checkpoint-*")
+        if re.fullmatch("checkpoint-[0-9]+", path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -134,8 +137,7 @@ def _write_directory(directory: Path, write: Callable[[Path], None], expected_si
     free = shutil.disk_usage(directory.parent).free
     if free < expected_size:
         raise OSError(
-            f"{directory.name} needs {expected_size / 1e6:,.0f} MB, and there are only "
-            f"{free / 1e6:,.0f} MB free"
+            f"{directory.name} needs {expected_size:,} bytes, and only {free:,} are free"
         )
     unfinished = directory.with_name(f".unfinished-{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

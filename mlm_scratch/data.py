@@ -361,8 +361,9 @@ def _is_whole(directory: Path) -> bool:
     """Whether the files are there and as long as was noted when they were written."""
     try:
         sizes = json.loads((directory / "meta.json").read_text())["sizes"]
-        return all((directory / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        whole = all((directory / name).stat().st_size == size for name, size in sizes.items())
+        return whole and len(sizes) == 3
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -2,33 +2,21 @@
 
     python train.py --epochs 2
 
-`run_steps` is the loop; one pass of it is one optimizer step. `train` is the frame around it, from
-the settings to a finished run directory; what is built before the first step is in setup.py.
+`run_steps` is the loop; one pass of it is one optimizer step. What is built before the first step
+is in setup.py; the run directory that the steps leave behind is opened and concluded in run.py.
 """
 
-import shlex
-import shutil
-import sys
 from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
-from mlm_scratch.errors import UserError
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
 from mlm_scratch.recipes import TrainConfig
-from mlm_scratch.report import Report, draw_losses
-from mlm_scratch.run_dir import (
-    LATEST,
-    check_output_dir,
-    claim,
-    make_run_dir,
-    point_latest_to,
-    write_run_json,
-)
-from mlm_scratch.setup import LOST_STEPS_IN_A_ROW, Training, prepare
+from mlm_scratch.report import Report
+from mlm_scratch.run import open_run
+from mlm_scratch.setup import LOST_STEPS_IN_A_ROW, Training
 from mlm_scratch.signals import StopRequest
 
 
@@ -40,54 +28,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     Raises UserError for what the user can mend; SystemExit(128 + signal) after a stop signal, once
     a checkpoint is written.
     """
-    if resume:
-        run_dir = Path(config.output_dir or LATEST)
-        with claim(run_dir):
-            t = prepare(config, newest_valid_checkpoint(run_dir))
-            shutil.rmtree(run_dir / "model", ignore_errors=True)  # it is final no longer
-            t.remove_old_checkpoints(run_dir)  # where a kill came before it
-            finish(t, run_dir)
-    else:
-        check_output_dir(config)
-        t = prepare(config)
-        run_dir = make_run_dir(config)  # only now that nothing is wrong with text and model
-        with claim(run_dir):
-            check_output_dir(config)  # another run may have come and gone meanwhile
-            finish(t, run_dir)
-    return run_dir
-
-
-def finish(t: Training, run_dir: Path) -> None:
-    """Do all that is left of a run; see `train`."""
-    go_on = f"python train.py --resume --output-dir {shlex.quote(str(run_dir))}"
-    write_run_json(t.config, run_dir)
-    point_latest_to(run_dir)
-    print(f"run: {run_dir}, steps {t.steps_done} to {t.total_steps}", flush=True)
-    try:
-        with StopRequest() as stop:
-            with Report(
-                run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at
-            ) as report:
-                stopped = run_steps(t, run_dir, report, stop)
-            draw_losses(run_dir)
-            if stopped:
-                print(f"stopped; go on with: {go_on}", flush=True)
-                raise SystemExit(128 + stop.received)
-            if not t.weights_are_finite():
-                raise UserError(
-                    f"the weights are NaN or infinite after step {t.steps_done}: there is no model "
-                    "to save; begin a new run with a lower --lr or --weight-decay"
-                )
-            if lost := t.lost_steps.item():
-                print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
-            save_model(run_dir / "model", t.model, t.tokenizer)
-    except BrokenPipeError:  # nobody reads what is printed: that is no fault of the run directory
-        raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {run_dir}: {error.strerror or error}; its checkpoints are kept: mend "
-            f"that, then go on with: {go_on}"
-        ) from error
+    with open_run(config, resume) as run:
+        stopped = run_steps(run.training, run.directory, run.report, run.stop)
+        run.conclude(stopped)
+    return run.directory
 
 
 def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> bool:

@@ -5,7 +5,7 @@ train.py makes its flags from these fields, so each setting is named and describ
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from mlm_scratch.errors import UserError
 
@@ -81,7 +81,7 @@ class TrainConfig:
         False, "run the LM head on every position, as the reference does (slower, same loss)"
     )
     # ---- The optimization
-    epochs: float = _option(2, "passes over the training text", above=0)
+    epochs: float = _option(2.0, "passes over the training text", above=0, at_most=1e9)
     max_steps: int | None = _option(
         None, "stop after this many optimizer steps, whatever --epochs says", at_least=1
     )
@@ -130,8 +130,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(TrainConfig)
         for option in fields(self):
-            _check(option.name, getattr(self, option.name), option.metadata)
+            _check(option.name, getattr(self, option.name), kinds[option.name], option.metadata)
         if self.mask_replace_prob + self.random_replace_prob > 1:
             raise UserError(
                 f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
@@ -145,8 +146,19 @@ class TrainConfig:
             raise UserError("there is nothing to train on: name a --dataset or a --train-file")
 
 
-def _check(name: str, value: Any, limits: Any) -> None:
+def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
     flag = "--" + name.replace("_", "-")
+    # On the command line argparse sees to the types, but run.json may have been edited.
+    if kind is float:
+        kind = int | float
+    elif get_origin(kind) is tuple:  # isinstance knows tuple, but not tuple[str, ...]
+        kind = tuple
+    if not isinstance(value, kind):
+        raise UserError(f"{flag} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{flag} must be a number of 64 bits, got one of {value.bit_length()}")
+    if isinstance(value, str) and not value.isprintable():
+        raise UserError(f"{flag} holds what is no text: {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag} must be a number, got {value}")
     if "choices" in limits and value not in limits["choices"]:

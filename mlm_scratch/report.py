@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class Report:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish the bar and the files; once more does no harm."""
         self.bar.close()
         self.board.close()
         self.metrics.close()
@@ -103,7 +108,7 @@ def _forget_after(last_step: int, last_evaluation: int, metrics: Path) -> None:
     with metrics.open("rb+") as file:
         for line in file:
             if _is_later(line, last_step, last_evaluation):
-                break
+                break  # also at a line that is not ours, and so at what follows it
             kept += len(line)
         file.truncate(kept)
 
@@ -113,7 +118,10 @@ def _is_later(line: bytes, last_step: int, last_evaluation: int) -> bool:
         values = json.loads(line)
         last = last_evaluation if "eval_loss" in values else last_step
         return not line.endswith(b"\n") or values["step"] > last
-    except (ValueError, KeyError, TypeError):  # not a line of ours: nor what follows it
+    except (ValueError, KeyError, TypeError, RecursionError):
+        if line.endswith(b"\n"):  # else a kill came while it was written
+            print(f"warning: {METRICS}: dropped from a line on that cannot be read: {line[:40]!r}",
+                  file=sys.stderr)  # fmt: skip
         return True
 
 

@@ -33,6 +33,10 @@ def check_output_dir(config: TrainConfig) -> None:
     if config.output_dir is None:
         return
     run_dir = Path(config.output_dir)
+    try:
+        run_dir.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--output-dir cannot be used: {error.strerror}") from error
     if (run_dir / RUN_JSON).exists():
         raise UserError(
             f"{run_dir} already holds a run: add --resume to go on with it, or name another "

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mlm_scratch.loader import Collator, Loader
 from mlm_scratch.model import MaskedLM, sparse_head_works
 from mlm_scratch.precision import Precision, choose_precision
 from mlm_scratch.recipes import TrainConfig
+from mlm_scratch.run_dir import MAY_CHANGE
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
 LOST_STEPS_IN_A_ROW = 10  # so many steps without a finite loss, and none will have one again
@@ -114,6 +115,9 @@ class Training:
         """All that the next step depends on, besides the weights."""
         device = self.precision.device
         return {
+            "config": {
+                name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE
+            },
             "steps_done": self.steps_done,
             "evaluated_at": self.evaluated_at,
             "steps_since_log": self.steps_since_log,
@@ -137,9 +141,15 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the weights come with the model.
 
-        Raises UserError if the text is not the one that the run was begun with.
+        Raises UserError if settings or text are not those that the run was begun with.
         """
         device = self.precision.device
+        for name, begun_with in state["config"].items():
+            if (now := getattr(self.config, name)) != begun_with:
+                raise UserError(
+                    f"--resume: this run was begun with {name} {begun_with!r}, not {now!r}; begin "
+                    "a new run for that"
+                )
         for which, digest in self.text_digests().items():
             if state["text_digests"][which] != digest:
                 raise UserError(f"--resume: the {which} text has changed since; begin a new run")

@@ -27,7 +27,7 @@ import matplotlib.pyplot  # noqa: F401  imported once here instead of in every c
 import torch
 from safetensors.torch import load_file
 
-from mlm_scratch import loop, setup
+from mlm_scratch import loop, run, setup
 from mlm_scratch.checkpoint import checkpoints, find_fault
 from mlm_scratch.recipes import TrainConfig, resolve
 from mlm_scratch.report import METRICS
@@ -134,7 +134,7 @@ def follow(phase: mmap.mmap, die_at_call: int) -> None:
     loop.evaluate = noted(loop.evaluate, EVALUATION)
     loop.run_steps = noted(loop.run_steps, STEP)
     setup.save_checkpoint = noted(setup.save_checkpoint, SAVE)
-    loop.save_model = noted(loop.save_model, SAVE)
+    run.save_model = noted(run.save_model, SAVE)
 
 
 def kill_until_through(

@@ -224,6 +224,7 @@ def test_rotation_never_takes_the_one_valid_checkpoint(files):
     train(settings)
     (newest,) = checkpoints(Path("run"))
     (newest / "model.safetensors").write_bytes(b"damaged")
+    shutil.rmtree("run/model")
     train(replace(settings, max_steps=10), resume=True)  # from the beginning: nothing is valid
     valid = [path.name for path in checkpoints(Path("run")) if find_fault(path) is None]
     assert valid == ["checkpoint-10"]
@@ -269,7 +270,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_once_there_is_room(
 def test_room_is_looked_for_before_a_save(files, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(UserError, match=r"checkpoint-5 needs \d MB, and there are only 0 MB free"):
+    with pytest.raises(UserError, match=r"checkpoint-5 needs [\d,]+ bytes, and only 1,000"):
         train(config(files, output_dir="run"))
     assert not list(Path("run").glob("*checkpoint*"))
 
@@ -354,6 +355,45 @@ def test_a_run_is_not_resumed_on_another_text(files, tmp_path, which):
     texts[which].write_text(texts[which].read_text().replace("0:", "9:"))
     with pytest.raises(UserError, match=f"the {which} text has changed"):
         train(replace(settings, max_steps=16), resume=True)
+
+
+@pytest.mark.parametrize("name, value", [("mlm_probability", 0.3), ("lr", 1.0), ("seed", 5)])
+def test_a_run_json_that_was_edited_does_not_make_it_another_run(files, name, value):
+    settings = config(files, output_dir="run")
+    train(settings)
+    with pytest.raises(UserError, match=f"begun with {name}"):
+        train(replace(settings, **{name: value, "max_steps": 16}), resume=True)
+
+
+def test_a_finished_run_without_a_valid_checkpoint_is_left_alone(files):
+    settings = config(files, output_dir="run")
+    train(settings)
+    for path in checkpoints(Path("run")):
+        (path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no valid checkpoint to go on from"):
+        train(replace(settings, max_steps=20), resume=True)
+    assert Path("run/model/model.safetensors").is_file()
+
+
+def test_what_only_looks_like_a_checkpoint_is_none(files):
+    settings = config(files, output_dir="run", keep=1)
+    train(settings)
+    Path("run/checkpoint-7").write_text("a file")
+    Path("run/checkpoint-8").symlink_to(Path("run/checkpoint-15").resolve())
+    Path("run/checkpoint-²").mkdir()
+    train(replace(settings, max_steps=20), resume=True)
+    assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-20"]
+
+
+def test_metrics_that_cannot_be_read_are_dropped_with_a_warning(files, capsys):
+    settings = config(files, output_dir="run")
+    train(settings)
+    path = Path("run/metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], "garbage\n", *lines[4:]]))
+    train(replace(settings, max_steps=16), resume=True)
+    assert "warning: metrics.jsonl: dropped from a line on" in capsys.readouterr().err
+    assert path.read_text().startswith("".join(lines[:3]))
 
 
 # ---- Security ------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""The frame around the loop: from the settings to a finished run directory."""
+
+import shlex
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
+from mlm_scratch.errors import UserError
+from mlm_scratch.recipes import TrainConfig
+from mlm_scratch.report import Report, draw_losses
+from mlm_scratch.run_dir import (
+    LATEST,
+    check_output_dir,
+    claim,
+    make_run_dir,
+    point_latest_to,
+    write_run_json,
+)
+from mlm_scratch.setup import Training, prepare
+from mlm_scratch.signals import StopRequest
+
+MODEL = "model"
+
+
+@dataclass
+class Run:
+    """A run while it is open: its directory, and what its steps need."""
+
+    directory: Path
+    training: Training
+    report: Report
+    stop: StopRequest
+
+    def conclude(self, stopped: bool) -> None:
+        """Leave behind what a finished run leaves, or after a stop signal say how to go on."""
+        t = self.training
+        self.report.close()
+        draw_losses(self.directory)
+        if stopped:
+            print(f"stopped; go on with: {_resume_command(self.directory)}", flush=True)
+            raise SystemExit(128 + self.stop.received)
+        if not t.weights_are_finite():
+            raise UserError(
+                f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
+                "save; begin a new run with a lower --lr or --weight-decay"
+            )
+        if lost := t.lost_steps.item():
+            print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
+        save_model(self.directory / MODEL, t.model, t.tokenizer)
+
+
+@contextmanager
+def open_run(config: TrainConfig, resume: bool) -> Iterator[Run]:
+    """Prepare all that the loop needs, in a run directory that is this run's alone. What goes wrong
+    with the directory is a UserError."""
+    with ExitStack() as held:
+        if resume:
+            directory = Path(config.output_dir or LATEST)
+            held.enter_context(claim(directory))
+            t = prepare(config, _checkpoint_to_resume(directory))
+        else:
+            check_output_dir(config)
+            t = prepare(config)
+            directory = make_run_dir(config)  # only now that nothing is wrong with text and model
+            held.enter_context(claim(directory))
+            check_output_dir(config)  # another run may have come and gone meanwhile
+        with (
+            _told_in_one_line(directory),
+            StopRequest() as stop,
+            _open_report(t, directory) as report,
+        ):
+            yield Run(directory, t, report, stop)
+
+
+def _checkpoint_to_resume(directory: Path) -> Path | None:
+    checkpoint = newest_valid_checkpoint(directory)
+    if checkpoint is None and (directory / MODEL).exists():
+        raise UserError(
+            f"--resume: {directory} has its final model but no valid checkpoint to go on from; "
+            "begin a new run"
+        )
+    if checkpoint is None:
+        print(f"{directory} has no checkpoint yet: from the beginning")
+    return checkpoint
+
+
+def _open_report(t: Training, directory: Path) -> Report:
+    shutil.rmtree(directory / MODEL, ignore_errors=True)  # after a resume it is final no longer
+    if t.steps_done:
+        t.remove_old_checkpoints(directory)  # where a kill came before it
+    write_run_json(t.config, directory)
+    point_latest_to(directory)
+    print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}", flush=True)
+    return Report(directory, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)
+
+
+@contextmanager
+def _told_in_one_line(directory: Path) -> Iterator[None]:
+    """Turn what the system refuses into a UserError."""
+    report_of_thread = threading.excepthook
+
+    def report_once(thread: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread: its OSError comes up here at the next line it is to write."""
+        if not issubclass(thread.exc_type, OSError):
+            report_of_thread(thread)
+
+    threading.excepthook = report_once
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads what is printed: that is no fault of the directory
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror or error}{where}; its checkpoints are "
+            f"kept: mend that, then go on with: {_resume_command(directory)}"
+        ) from error
+    finally:
+        threading.excepthook = report_of_thread
+
+
+def _resume_command(directory: Path) -> str:
+    return f"python train.py --resume --output-dir {shlex.quote(str(directory))}"
