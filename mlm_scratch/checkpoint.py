@@ -121,7 +121,7 @@ def find_fault(directory: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if _checksum(path) != expected["sha256"]:
+            if checksum(path) != expected["sha256"]:
                 return f"{name} has changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
@@ -163,7 +163,7 @@ def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
     write(directory)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = {
-        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _checksum(path)}
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": checksum(path)}
         for path in files
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -181,6 +181,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -31,7 +31,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch import corpus
-from mlm_scratch.checkpoint import sync
+from mlm_scratch.checkpoint import checksum, sync
 from mlm_scratch.errors import UserError
 from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
@@ -299,8 +299,8 @@ def write_rows(
                 if len(tokens) > TOKENS_IN_MEMORY:
                     write()
             write()
-        sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
-        meta = {"dtype": dtype.name, "tokens": total, "sizes": sizes}
+        checksums = {path.name: checksum(path) for path in unfinished.iterdir()}
+        meta = {"dtype": dtype.name, "tokens": total, "checksums": checksums}
         (unfinished / "meta.json").write_text(json.dumps(meta))
         for path in unfinished.iterdir():
             sync(path)
@@ -358,11 +358,12 @@ def _word_starts(text: str, spans: list[tuple[int, int]]) -> list[bool]:
 
 
 def _is_whole(directory: Path) -> bool:
-    """Whether the files are there and as long as was noted when they were written."""
+    """Whether the files are as they were written. Reading them takes less time than reading the
+    text, which has to be done to know whether it is still the same."""
     try:
-        sizes = json.loads((directory / "meta.json").read_text())["sizes"]
-        whole = all((directory / name).stat().st_size == size for name, size in sizes.items())
-        return whole and len(sizes) == 3
+        checksums = json.loads((directory / "meta.json").read_text())["checksums"]
+        whole = all(checksum(directory / name) == noted for name, noted in checksums.items())
+        return whole and len(checksums) == 3
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -378,7 +379,8 @@ def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
         return np.asarray(np.memmap(directory / name, dtype=dtype, mode="r", shape=(length,)))
 
     if config.grouping == "lines":
-        starts = open_flat("starts.bin", np.int64, meta["sizes"]["starts.bin"] // 8)  # (rows + 1,)
+        size = (directory / "starts.bin").stat().st_size
+        starts = open_flat("starts.bin", np.int64, size // 8)  # (rows + 1,)
     else:
         rows = total // config.block_size  # what is left over is shorter than a block: dropped
         starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)

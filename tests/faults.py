@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -26,6 +27,7 @@ from pathlib import Path
 import matplotlib.pyplot  # noqa: F401  imported once here instead of in every child
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from mlm_scratch import loop, run, setup
 from mlm_scratch.checkpoint import checkpoints, find_fault
@@ -91,6 +93,8 @@ def run_in_child(config: TrainConfig, phase: mmap.mmap, die_at_call: int = 0) ->
     code = 1
     try:
         torch.set_num_threads(1)
+        # tqdm's own lock is one for all forked processes, and a killed one would keep it for ever.
+        tqdm.set_lock(threading.RLock())
         for stream in (1, 2):
             os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)  # should it hang

@@ -151,13 +151,16 @@ def test_words_begin_at_gaps_whether_or_not_offsets_count_them_in(tmp_path, trim
     assert len(tokens) > 10  # the words really are of several pieces
 
 
-def test_a_file_cut_short_in_the_cache_is_written_again(tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_file_in_the_cache_is_written_again(tmp_path, damage):
     write_text(tmp_path / "a.txt", [*SENTENCES, "cut short"])
     settings = config(tmp_path / "a.txt", block_size=8)
     documents, _ = load_documents(settings)
     expected = prepare_rows(documents, TOKENIZER, settings).tokens.tolist()
     for path in data.cache_dir().glob("*/tokens.bin"):
-        path.write_bytes(path.read_bytes()[:-3])
+        content = path.read_bytes()
+        flipped = bytes([content[0] ^ 1]) + content[1:]
+        path.write_bytes(content[:-3] if damage == "cut" else flipped)
     assert prepare_rows(documents, TOKENIZER, settings).tokens.tolist() == expected
 
 

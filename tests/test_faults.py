@@ -415,7 +415,7 @@ def test_a_checkpoint_runs_no_code(files):
     for write in (lambda: torch.save({"x": Payload()}, state),
                   lambda: state.write_bytes(pickle.dumps(Payload()))):  # fmt: skip
         write()
-        manifest[state.name] = {"size": state.stat().st_size, "sha256": checkpoint._checksum(state)}
+        manifest[state.name] = {"size": state.stat().st_size, "sha256": checkpoint.checksum(state)}
         (state.parent / checkpoint.MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(UserError, match=r"training_state\.pt cannot be read"):
             train(settings, resume=True)
