@@ -34,6 +34,21 @@ def call(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model directory and a text of 48 short documents."""
+    directory = tmp_path_factory.mktemp("files")
+    import torch  # not before the environment is set
+
+    from tests.tiny import SENTENCES, save_roberta
+
+    torch.manual_seed(1)
+    save_roberta(directory / "model")
+    text = directory / "a.txt"
+    text.write_text("\n".join(f"{i}: {text}" for i in range(8) for text in SENTENCES))
+    return directory
+
+
 def pytest_configure(config):
     """Describe the markers that skip themselves."""
     config.addinivalue_line("markers", "cuda: needs a GPU")

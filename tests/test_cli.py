@@ -6,24 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, FillMaskPipeline
 
 import infer
 import train
-from tests.tiny import SENTENCES, save_roberta
 
 ROOT = Path(__file__).parent.parent
 MILKY_WAY = "The Milky Way is a <mask> galaxy."
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("files")
-    torch.manual_seed(1)
-    save_roberta(directory / "model")
-    (directory / "a.txt").write_text("\n".join(f"{i}: {t}" for i in range(8) for t in SENTENCES))
-    return directory
 
 
 def basic(files):

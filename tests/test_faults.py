@@ -25,28 +25,15 @@ from mlm_scratch.loop import train
 from mlm_scratch.recipes import resolve
 from mlm_scratch.run_dir import claim
 from tests.faults import assert_same_run
-from tests.tiny import SENTENCES, byte_level_tokenizer, save_roberta
+from tests.tiny import SENTENCES, byte_level_tokenizer, small_config
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A model directory and a text of 48 short documents."""
-    directory = tmp_path_factory.mktemp("files")
-    torch.manual_seed(1)
-    save_roberta(directory / "model")
-    text = directory / "a.txt"
-    text.write_text("\n".join(f"{i}: {text}" for i in range(8) for text in SENTENCES))
-    return directory
-
-
 def config(files, **settings):
-    return resolve("tutorial", {
-        "model": str(files / "model"), "train_file": (str(files / "a.txt"),), "block_size": 16,
-        "lr": 1e-3, "log_every": 3, "device": "cpu", "eval_fraction": 0.2, "eval_every": 5,
-        "save_every": 5, "max_steps": 15, **settings,
-    })  # fmt: skip
+    """15 steps with an evaluation and a save after every fifth."""
+    every_fifth = {"eval_fraction": 0.2, "eval_every": 5, "save_every": 5, "max_steps": 15}
+    return small_config(files, **{**every_fifth, **settings})
 
 
 def command_line(files, *arguments):

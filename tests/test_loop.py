@@ -21,31 +21,12 @@ import infer
 from mlm_scratch.checkpoint import checkpoints
 from mlm_scratch.errors import UserError
 from mlm_scratch.loop import run_steps, train
-from mlm_scratch.recipes import resolve
 from mlm_scratch.report import Report
 from mlm_scratch.run_dir import make_run_dir
 from mlm_scratch.setup import prepare
 from mlm_scratch.signals import StopRequest
 from tests.faults import assert_same, assert_same_run
-from tests.tiny import SENTENCES, byte_level_tokenizer, save_roberta
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A model directory and a text of 48 short documents."""
-    directory = tmp_path_factory.mktemp("files")
-    torch.manual_seed(1)
-    save_roberta(directory / "model")
-    text = directory / "a.txt"
-    text.write_text("\n".join(f"{i}: {text}" for i in range(8) for text in SENTENCES))
-    return directory
-
-
-def config(files, **settings):
-    return resolve("tutorial", {
-        "model": str(files / "model"), "train_file": (str(files / "a.txt"),), "block_size": 16,
-        "lr": 1e-3, "log_every": 3, "device": "cpu", "eval_fraction": 0.0, **settings,
-    })  # fmt: skip
+from tests.tiny import byte_level_tokenizer, save_roberta, small_config
 
 
 def metrics(run_dir):
@@ -57,7 +38,7 @@ def weights(directory):
 
 
 def test_a_run_learns_and_leaves_everything_behind(files, capsys):
-    run_dir = train(config(files, epochs=10, lr=3e-3, eval_fraction=0.2, save_every=30))
+    run_dir = train(small_config(files, epochs=10, lr=3e-3, eval_fraction=0.2, save_every=30))
     assert run_dir == Path("runs/tutorial") and Path("runs/latest").resolve() == run_dir.resolve()
     lines = metrics(run_dir)
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -91,7 +72,7 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
 
 
 def test_equal_runs_have_equal_files_and_never_share_a_directory(files):
-    first, second = train(config(files)), train(config(files))
+    first, second = train(small_config(files)), train(small_config(files))
     assert (first.name, second.name) == ("tutorial", "tutorial-2")
     for name in ("metrics.jsonl", "model/model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -109,9 +90,9 @@ def test_accumulation_changes_nothing_but_memory(files, batch_size, accumulate):
         "model": str(no_dropout), "log_every": 1, "lr": 1e-20, "max_grad_norm": 1e9,
         "grouping": "lines",
     }  # fmt: skip
-    whole = lines_and_gradients(config(files, **settings, batch_size=32))
+    whole = lines_and_gradients(small_config(files, **settings, batch_size=32))
     parts = lines_and_gradients(
-        config(files, **settings, batch_size=batch_size, accumulate=accumulate)
+        small_config(files, **settings, batch_size=batch_size, accumulate=accumulate)
     )
     assert len(whole) == len(parts) == 4
     for (one, gradient), (many, summed) in zip(whole, parts, strict=True):
@@ -136,7 +117,7 @@ def lines_and_gradients(settings):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_resumed_run_is_the_run_that_never_stopped(files, precision):
     """From the middle of the first epoch, with evaluation, accumulation, and the scaler."""
-    settings = config(
+    settings = small_config(
         files, precision=precision, accumulate=2, batch_size=4, save_every=4, keep=100,
         eval_fraction=0.2, eval_every=5, log_every=3, output_dir="whole",
     )  # fmt: skip
@@ -150,16 +131,16 @@ def test_a_resumed_run_is_the_run_that_never_stopped(files, precision):
 
 
 def test_a_run_without_a_checkpoint_is_resumed_from_its_beginning(files):
-    whole = train(config(files, output_dir="whole"))
+    whole = train(small_config(files, output_dir="whole"))
     shutil.copytree(whole, "stopped", ignore=shutil.ignore_patterns("checkpoint-*", "model"))
-    resumed = train(config(files, output_dir="stopped"), resume=True)
+    resumed = train(small_config(files, output_dir="stopped"), resume=True)
     assert (resumed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 def test_a_resumed_run_may_change_its_length_log_interval_and_precision(files):
     """The schedule of the longer run holds from the next step on; the loss is a mean over the
     steps since the last log, however many they are."""
-    settings = config(files, output_dir="run", max_steps=4, log_every=10)
+    settings = small_config(files, output_dir="run", max_steps=4, log_every=10)
     train(settings)
     longer = replace(settings, max_steps=8, log_every=5, precision="fp16")
     train(longer, resume=True)
@@ -172,7 +153,7 @@ def test_a_resumed_run_may_change_its_length_log_interval_and_precision(files):
 
 
 def test_a_run_that_goes_on_has_no_final_model_yet(files, monkeypatch):
-    settings = config(files, output_dir="run", max_steps=4, save_every=5)
+    settings = small_config(files, output_dir="run", max_steps=4, save_every=5)
     train(settings)
     assert Path("run/model").is_dir()
 
@@ -189,10 +170,10 @@ def test_a_run_that_goes_on_has_no_final_model_yet(files, monkeypatch):
 def test_a_model_that_the_sparse_head_does_not_know_runs_dense_and_says_so(
     files, monkeypatch, capsys
 ):
-    dense = metrics(train(config(files, dense_head=True)))
+    dense = metrics(train(small_config(files, dense_head=True)))
     assert "head" not in capsys.readouterr().out
     monkeypatch.setattr("mlm_scratch.setup.sparse_head_works", lambda net: False)
-    assert metrics(train(config(files))) == dense
+    assert metrics(train(small_config(files))) == dense
     lines = [line for line in capsys.readouterr().out.splitlines() if "head" in line]
     assert len(lines) == 1 and "running it on all of them" in lines[0]
 
@@ -208,13 +189,13 @@ def test_an_encoder_decoder_is_refused(files):
         decoder_ffn_dim=32, max_position_embeddings=64,
     )).save_pretrained(directory)  # fmt: skip
     with pytest.raises(UserError, match="has a decoder"):
-        train(config(files, model=str(directory)))
+        train(small_config(files, model=str(directory)))
     assert not Path("runs").exists()
 
 
 def test_runs_that_start_at_once_get_directories_of_their_own(files):
     with ThreadPoolExecutor() as pool:
-        made = list(pool.map(make_run_dir, [config(files)] * 20))
+        made = list(pool.map(make_run_dir, [small_config(files)] * 20))
     assert len(set(made)) == 20
 
 
@@ -223,7 +204,7 @@ def test_runs_that_start_at_once_get_directories_of_their_own(files):
     {"dense_head": True}, {"max_steps": 5}, {"epochs": 0.5}, {"mlm_probability": 0.001},
 ], ids=str)  # fmt: skip
 def test_every_way_of_training_runs_and_stays_finite(files, settings):
-    run_dir = train(config(files, log_every=1, **settings))
+    run_dir = train(small_config(files, log_every=1, **settings))
     losses = [line["loss"] for line in metrics(run_dir)]
     assert all(0 <= loss < 10 for loss in losses)
     assert len(losses) == (5 if "max_steps" in settings else len(losses)) > 3
@@ -232,7 +213,7 @@ def test_every_way_of_training_runs_and_stays_finite(files, settings):
 def test_a_step_without_masked_tokens_changes_nothing(files):
     """With momentum and weight decay, AdamW would move on a gradient of 0 as well."""
     settings = {"weight_decay": 0.1, "batch_size": 1, "log_every": 1, "save_every": 1, "keep": 100}
-    run_dir = train(config(files, mlm_probability=0.03, max_steps=40, **settings))
+    run_dir = train(small_config(files, mlm_probability=0.03, max_steps=40, **settings))
     lines = metrics(run_dir)
     empty = [line["step"] for line in lines if line["loss"] == 0 and line["step"] > 5]
     assert len(empty) > 5
@@ -255,7 +236,9 @@ def test_a_step_without_masked_tokens_changes_nothing(files):
 def test_a_step_never_waits_for_the_gpu(files, precision):
     """From the end of step 2 to that of step 9, in between two looks at the loss, every wait of
     the CPU for the GPU is an error."""
-    t = prepare(config(files, device="cuda", precision=precision, max_steps=12, log_every=100))
+    t = prepare(
+        small_config(files, device="cuda", precision=precision, max_steps=12, log_every=100)
+    )
 
     class Switch:
         steps = 0
@@ -286,7 +269,7 @@ def test_a_compiled_model_learns_the_same(files, device):
         one_layer, num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     settings = {"model": str(one_layer), "max_steps": 4, "log_every": 1, "device": device}
-    plain = metrics(train(config(files, **settings)))
-    compiled = metrics(train(config(files, **settings, compile=True)))
+    plain = metrics(train(small_config(files, **settings)))
+    compiled = metrics(train(small_config(files, **settings, compile=True)))
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)

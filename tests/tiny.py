@@ -9,6 +9,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+from mlm_scratch.recipes import TrainConfig, resolve
 from mlm_scratch.small_model import train_tokenizer
 
 SENTENCES = [
@@ -54,3 +55,11 @@ def save_roberta(directory: Path, **overrides) -> Path:
     roberta(tokenizer, **overrides).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def small_config(files: Path, **settings) -> TrainConfig:
+    """A run of seconds on the model and the text in `files`."""
+    return resolve("tutorial", {
+        "model": str(files / "model"), "train_file": (str(files / "a.txt"),), "block_size": 16,
+        "lr": 1e-3, "log_every": 3, "device": "cpu", "eval_fraction": 0.0, **settings,
+    })  # fmt: skip
