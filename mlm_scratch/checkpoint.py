@@ -22,6 +22,7 @@ from mlm_scratch.errors import UserError
 
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
+REPLACED = ".replaced-"  # before the name of a directory that a new one takes the place of
 
 
 def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,6 +93,12 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_valid_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint whose every file is as it was written; damaged ones are named."""
+    for replaced in run_dir.glob(f"{REPLACED}*"):  # a kill came while a new one took its place
+        directory = run_dir / replaced.name.removeprefix(REPLACED)
+        if directory.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, directory)
     for directory in checkpoints(run_dir):
         if (fault := find_fault(directory)) is None:
             return directory
@@ -140,12 +147,13 @@ def _write_directory(directory: Path, write: Callable[[Path], None], expected_si
             f"{directory.name} needs {expected_size:,} bytes, and only {free:,} are free"
         )
     unfinished = directory.with_name(f".unfinished-{directory.name}")
+    replaced = directory.with_name(f"{REPLACED}{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         _write_whole(unfinished, write)
-        if directory.exists():  # the same step again, after a resume: the same content
-            shutil.rmtree(directory)
+        if directory.exists():  # the same step again: kept until the new one is there
+            os.rename(directory, replaced)
         os.rename(unfinished, directory)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its room back
@@ -156,6 +164,7 @@ def _write_directory(directory: Path, write: Callable[[Path], None], expected_si
             ) from error
         raise
     sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:

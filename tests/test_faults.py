@@ -12,6 +12,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,27 @@ def test_rotation_never_takes_the_one_valid_checkpoint(files):
     assert valid == ["checkpoint-10"]
 
 
+def test_a_checkpoint_written_again_is_there_all_the_time(files, monkeypatch):
+    """The one checkpoint of a run, killed between the two renames that replace it."""
+    settings = config(files, output_dir="run", keep=1)
+    train(settings)
+    t = setup.prepare(settings, Path("run/checkpoint-15"))
+    rename = os.rename
+
+    def killed(source, target):
+        if ".unfinished" in str(source):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        t.save(Path("run"))
+    monkeypatch.setattr(os, "rename", rename)
+    assert checkpoint.newest_valid_checkpoint(Path("run")) == Path("run/checkpoint-15")
+    t.save(Path("run"))
+    assert not list(Path("run").glob(f"{checkpoint.REPLACED}*"))
+
+
 def test_a_checkpoint_that_is_not_as_it_was_written_takes_no_older_one(files, monkeypatch):
     settings = config(files, output_dir="run", keep=1)
     rename = os.rename
@@ -241,7 +263,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_run_goes_on_once_there_is_room(
     for limit in (size // 2, 2000):  # the large files, and nearly all of them
         full = subprocess.run(
             **command_line(files, *arguments, "--max-steps", 10, "--resume"),
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: B023
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
         )
         assert full.returncode == 2, full.stderr
         assert "Traceback" not in full.stderr
