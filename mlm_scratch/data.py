@@ -214,8 +214,9 @@ def prepare_rows(
     """
     text_digest = _text_digest(documents)
     directory = cache_dir() / _cache_key(text_digest, tokenizer, config)
-    if not _is_whole(directory):
+    if directory.exists() and not _is_whole(directory):
         shutil.rmtree(directory, ignore_errors=True)
+    if not directory.exists():  # asked again: another run may have finished it meanwhile
         largest_id = max(tokenizer.get_vocab().values())
         write_rows(directory, tokenize(documents, tokenizer, config), largest_id)
     rows = _open_rows(directory, config)
