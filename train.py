@@ -3,6 +3,7 @@
     python train.py --epochs 2
     python train.py --model distilbert/distilroberta-base --train-file my.txt --lr 5e-5
     python train.py --resume
+    torchrun --nproc-per-node 2 train.py --epochs 2
 """
 
 import argparse
@@ -13,12 +14,15 @@ import typing
 
 from mlm_scratch.errors import OneLineParser, run_command
 from mlm_scratch.hub import can_load_tutorial, go_offline_without_hub
+from mlm_scratch.launch import this_launch
 from mlm_scratch.recipes import RECIPES, TrainConfig, resolve
 from mlm_scratch.run_dir import resumed_config
 
 
 def main() -> None:
     """Parse, choose a recipe, train, say where the result is."""
+    if not this_launch().is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  of several processes one prints
     given = vars(parse_arguments())  # only what was named on the command line
     for name in ("train_file", "eval_file"):
         if name in given:  # absolute, since a run may be resumed from another directory

@@ -20,7 +20,8 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+from datasets.distributed import split_dataset_by_node
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch import corpus
@@ -36,7 +38,7 @@ from mlm_scratch.errors import UserError
 from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
 
-TEXTS_PER_BATCH = 1000  # given to the tokenizer at once; it spreads them over the cores
+TEXTS_PER_BATCH = 1000  # read and given to the tokenizer at once; it spreads them over the cores
 TOKENS_IN_MEMORY = 2**20  # before they are written
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
               ".parquet": "parquet"}
@@ -47,14 +49,18 @@ FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
 
 @dataclass
 class Documents:
-    """The text column of a data set, one string per row, read when it is asked for."""
+    """The text column of a data set, one string per row, read when it is asked for.
 
-    rows: datasets.Dataset
+    With --streaming rows is an IterableDataset: without a length, read from its source each time.
+    """
+
+    rows: datasets.Dataset | datasets.IterableDataset
     column: str
     source: str
 
     def __post_init__(self) -> None:
-        names = self.rows.column_names
+        with _told_in_one_line(self.source):
+            names = self.rows.column_names or list(next(iter(self.rows), {}))
         # A flattened data set has a column that is itself called "answers.text".
         self.path = [self.column] if self.column in names else self.column.split(".")
         if self.path[0] not in names:
@@ -62,18 +68,33 @@ class Documents:
                 f"{self.source} has no column {self.column!r}; it has {', '.join(names)}: name one "
                 "with --text-column"
             )
+        self.rows = self.rows.select_columns(self.path[0])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[str]:
-        column = self.rows.select_columns(self.path[0])
-        values = chain.from_iterable(part[self.path[0]] for part in column.iter(TEXTS_PER_BATCH))
-        for number, value in enumerate(values):
-            text = self._pick(value, self.path[1:])
-            if "\0" in text:
-                raise UserError(f"document {number} of {self.source} holds a NUL: it is not text")
-            yield text
+        return chain.from_iterable(self.batches())
+
+    def batches(self) -> Iterator[list[str]]:
+        """The texts, TEXTS_PER_BATCH at a time: between two batches the state of a stream is that
+        at the beginning of the next one."""
+        name, seen = self.path[0], 0
+        with _told_in_one_line(self.source):
+            for part in self.rows.iter(TEXTS_PER_BATCH):
+                texts = [self._pick(value, self.path[1:]) for value in part[name]]
+                for number, text in enumerate(texts, seen):
+                    if "\0" in text:
+                        raise UserError(
+                            f"document {number} of {self.source} holds a NUL: it is not text"
+                        )
+                seen += len(texts)
+                yield texts
+
+    def part(self, number: int, parts: int) -> "Documents":
+        """One of equal parts of a stream: its own files where they can be shared out evenly, or
+        else every so many-th document."""
+        return replace(self, rows=split_dataset_by_node(self.rows, number, parts))
 
     def _pick(self, value: Any, path: list[str]) -> str:
         """Follow the dotted path. Lists may stand anywhere on it: {"text": [...]} as older versions
@@ -102,19 +123,24 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     Raises UserError for what cannot be found, read or split.
     """
     if config.train_file:
-        rows, source = _load_files(config.train_file, config.split), config.train_file[0]
+        rows = _load_files(config.train_file, config.split, config.streaming)
+        source = config.train_file[0]
     elif config.dataset == BUNDLED:
         if config.split != "train":
             raise UserError("--split: the bundled corpus has only the split train")
         rows, source = datasets.Dataset.from_list(list(corpus.rows())), "the bundled corpus"
+        rows = rows.to_iterable_dataset() if config.streaming else rows
     else:
         source = f"data set {config.dataset}"
-        rows = _load(source, config.dataset, config.dataset_config, split=config.split)
-    if len(rows) == 0:
+        rows = _load(
+            source, config.dataset, config.dataset_config, split=config.split,
+            streaming=config.streaming,
+        )
+    if not config.streaming and len(rows) == 0:
         raise UserError(f"{source} is empty: there is nothing to train on")
 
     if config.eval_file:
-        held_out = _load_files(config.eval_file, "train")
+        held_out = _load_files(config.eval_file, "train", streaming=False)
         evaluation = Documents(held_out, config.text_column, config.eval_file[0])
         return Documents(rows, config.text_column, source), evaluation
     if config.eval_fraction == 0:
@@ -132,7 +158,9 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     )
 
 
-def _load_files(paths: tuple[str, ...], split: str) -> datasets.Dataset:
+def _load_files(
+    paths: tuple[str, ...], split: str, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
     kinds = set()
     for path in map(Path, paths):
         suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
@@ -150,10 +178,14 @@ def _load_files(paths: tuple[str, ...], split: str) -> datasets.Dataset:
     options = {"text": {"encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}.get(kind, {})
     with tempfile.TemporaryDirectory() as unpacked:
         if kind == "parquet":
+            if streaming and any(path.endswith(".gz") for path in paths):
+                raise UserError(f"{paths[0]}: .parquet.gz cannot be streamed: unpack it first")
             paths = tuple(_unpack(path, Path(unpacked)) for path in paths)
         # The library reads a path as a pattern: x[1].txt would mean x1.txt.
         files = list(map(glob.escape, paths))
-        return _load(paths[0], kind, data_files=files, split=split, **options)
+        return _load(
+            paths[0], kind, data_files=files, split=split, streaming=streaming, **options
+        )
 
 
 def _unpack(path: str, directory: Path) -> str:
@@ -169,10 +201,19 @@ def _unpack(path: str, directory: Path) -> str:
     return str(unpacked)
 
 
-def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset:
+def _load(
+    source: str, *args: Any, **kwargs: Any
+) -> datasets.Dataset | datasets.IterableDataset:
+    with _told_in_one_line(source):
+        return datasets.load_dataset(*args, **kwargs)
+
+
+@contextmanager
+def _told_in_one_line(source: str) -> Iterator[None]:
+    """Turn what `datasets` raises while it reads into a UserError."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, below
     try:
-        return datasets.load_dataset(*args, **kwargs)
+        yield
     except (
         datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError,
         RuntimeError,  # a data set that is a script
@@ -218,7 +259,8 @@ def prepare_rows(
         shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():  # asked again: another run may have finished it meanwhile
         largest_id = max(tokenizer.get_vocab().values())
-        write_rows(directory, tokenize(documents, tokenizer, config), largest_id)
+        watched = progress_bar(documents, desc="tokenizing", unit=" documents", leave=False)
+        write_rows(directory, tokenize(watched, tokenizer, config), largest_id)
     rows = _open_rows(directory, config)
     rows.text_digest = text_digest
     if len(rows) == 0:
@@ -314,9 +356,9 @@ def write_rows(
 
 
 def tokenize(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield (ids, word_starts) of each document, special tokens included, with a progress bar.
+    """Yield (ids, word_starts) of each document, special tokens included.
 
     word_starts is empty unless config.whole_word. With grouping "lines" a document is cut at
     block_size and one without text is left out; in a stream it leaves its special tokens, as in
@@ -328,7 +370,7 @@ def tokenize(
             f"--whole-word: the tokenizer of {config.model} does not tell where its tokens lie in "
             "the text"
         )
-    texts = iter(progress_bar(documents, desc="tokenizing", unit=" documents", leave=False))
+    texts = iter(documents)
     if lines:
         texts = (text for text in texts if text.strip())
     while batch := list(islice(texts, TEXTS_PER_BATCH)):

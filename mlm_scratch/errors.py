@@ -32,7 +32,9 @@ def run_command(main: Callable[[], int | None]) -> int:
         return main() or 0
     except UserError as error:
         message = " ".join(str(error).split())  # whatever was quoted in it: one line
-        print(f"error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"error{where}: {message}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end

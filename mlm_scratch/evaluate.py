@@ -18,6 +18,7 @@ from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import masked_lm_logits
 from mlm_scratch.precision import Precision
 from mlm_scratch.progress import progress_bar
+from mlm_scratch.ranks import ALONE, Ranks
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.signals import StopRequest
 
@@ -29,9 +30,13 @@ def evaluate(
     rows: TokenRows,
     config: TrainConfig,
     precision: Precision,
+    ranks: Ranks = ALONE,
     stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
     """Predict the masked tokens of all rows; None if a stop signal comes before the last.
+
+    Several processes take the batches in turn. Each draws all masks, so that they are the same for
+    any number of processes.
 
     Training is left as it was: train or eval mode, and every random state (the masks come from a
     generator of their own, and nothing else is random without dropout).
@@ -48,12 +53,16 @@ def evaluate(
     model.eval()
     try:
         starts = range(0, len(rows), config.eval_batch_size)
-        for start in progress_bar(starts, desc="evaluating", unit=" batches", leave=False):
-            if stop is not None and stop.received is not None:
+        bar = progress_bar(starts, desc="evaluating", unit=" batches", leave=False)
+        for number, start in enumerate(bar):
+            turn = number % ranks.size
+            if turn == 0 and stop is not None and stop.asked():
                 return None
             end = min(start + config.eval_batch_size, len(rows))
             batch = collator(rows, np.arange(start, end))
             n_masked += int((batch.labels != IGNORE).sum())
+            if turn != ranks.rank:
+                continue
             batch = batch.to(device)
             with precision.autocast():
                 logits, labels = masked_lm_logits(  # (N, V), (N,)
@@ -65,10 +74,10 @@ def evaluate(
             correct += (logits.argmax(dim=1) == labels).sum()
     finally:
         model.train(was_training)
-    loss = loss_sum.item() / max(n_masked, 1)
+    loss = ranks.add_up(loss_sum).item() / max(n_masked, 1)
     return {
         "eval_loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # e^710 is over the largest float
-        "eval_accuracy": correct.item() / max(n_masked, 1),
+        "eval_accuracy": ranks.add_up(correct).item() / max(n_masked, 1),
     }
 

@@ -1,14 +1,15 @@
 """Epoch order, batches, padding, masking, hand-over to the device, position for resume.
 
-The optimizer step is the unit here: all rows of a step (batch_size x accumulate) are padded and
-masked in one go and only then split into micro-batches. So 32 x 1 and 8 x 4 see the same masks, and
-the number of masked tokens of the whole step is known before its first backward pass.
+The optimizer step is the unit here: its rows (batch_size x accumulate x processes) are padded and
+masked in one go and only then split: into equal shares for the processes, and each share into
+micro-batches. So 32 x 1, 8 x 4 and two processes with 16 see the same masks, and the number of
+masked tokens of the whole step is known before its first backward pass.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.data import TokenRows
 from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_starts
+from mlm_scratch.ranks import ALONE, Ranks
 from mlm_scratch.recipes import TrainConfig
 
 
@@ -95,11 +97,12 @@ class Collator:
         )
         return Batch(input_ids, attention_mask, labels, self._positions(labels))
 
-    def split(self, batch: Batch, rows: int) -> Iterator[Batch]:
-        """Cut into batches of `rows` rows (the last may be shorter)."""
-        for start in range(0, len(batch.labels), rows):
+    def split(self, batch: Batch, own: range, rows: int) -> Iterator[Batch]:
+        """Cut the rows `own` into batches of `rows` rows (the last may be shorter)."""
+        for start in range(own.start, own.stop, rows):
+            stop = min(start + rows, own.stop)
             input_ids, attention_mask, labels = (
-                None if tensor is None else tensor[start : start + rows] for tensor in batch[:3]
+                None if tensor is None else tensor[start:stop] for tensor in batch[:3]
             )  # (rows, T) each
             yield Batch(input_ids, attention_mask, labels, self._positions(labels))
 
@@ -122,9 +125,9 @@ class Collator:
 class Step:
     """The data of one optimizer step."""
 
-    batches: list[Batch]  # micro-batches, on the device
-    n_masked: int  # tokens to predict in all of them
-    n_tokens: int  # tokens without padding in all of them
+    batches: list[Batch]  # the micro-batches of this process, on the device
+    n_masked: int  # tokens to predict, those of all processes
+    n_tokens: int  # tokens without padding, those of all processes
 
 
 class Loader:
@@ -134,12 +137,26 @@ class Loader:
     """
 
     def __init__(
-        self, rows: TokenRows, collator: Collator, config: TrainConfig, device: torch.device
+        self,
+        rows: TokenRows,
+        collator: Collator,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ):
-        self.rows, self.collator, self.device = rows, collator, device
+        self.rows, self.collator, self.device, self.ranks = rows, collator, device, ranks
         self.batch_size, self.seed = config.batch_size, config.seed
-        self.rows_per_step = config.batch_size * config.accumulate
+        self.rows_per_step = config.batch_size * config.accumulate * ranks.size
         self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
+        self.text_digest = rows.text_digest
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, without the number of the next step."""
+        return {"mask_generator": self.collator.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the masks where `state_dict` was taken."""
+        self.collator.generator.set_state(state["mask_generator"])
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """Yield the steps first ... last - 1."""
@@ -157,12 +174,31 @@ class Loader:
 
     def _step(self, indices: np.ndarray) -> Step:
         batch = self.collator(self.rows, indices)
-        parts = self.collator.split(batch, self.batch_size)
+        parts = own_batches(batch, self.collator, self.batch_size, self.ranks)
         return Step(
             batches=[part.to(self.device) for part in parts],
             n_masked=int((batch.labels != IGNORE).sum()),
             n_tokens=int((self.rows.starts[indices + 1] - self.rows.starts[indices]).sum()),
         )
+
+
+def own_batches(
+    batch: Batch, collator: Collator, batch_size: int, ranks: Ranks
+) -> Iterator[Batch]:
+    """The micro-batches of this process, at least one, of all rows of a step."""
+    own = own_rows(len(batch.labels), ranks)
+    if not own:
+        # The last step of an epoch may have fewer rows than processes. All have to take part in it;
+        # this one does with a row in which nothing is asked for, so that its gradients are 0.
+        own, batch = range(1), batch._replace(labels=torch.full_like(batch.labels, IGNORE))
+    return collator.split(batch, own, batch_size)
+
+
+def own_rows(n: int, ranks: Ranks) -> range:
+    """Which of the n rows of a step this process computes: equal shares, in order; those of the
+    last processes may be smaller, or empty."""
+    share = math.ceil(n / ranks.size)
+    return range(min(ranks.rank * share, n), min((ranks.rank + 1) * share, n))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The explicit AMP training loop: all that `Trainer` does for masked-language modelling.
 
     python train.py --epochs 2
+    torchrun --nproc-per-node 4 train.py --epochs 2
 
 `run_steps` is the loop; one pass of it is one optimizer step. What is built before the first step
 is in setup.py; the run directory that the steps leave behind is opened and concluded in run.py.
@@ -13,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
+from mlm_scratch.ranks import all_ranks
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.report import Report
 from mlm_scratch.run import open_run
@@ -28,7 +30,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     Raises UserError for what the user can mend; SystemExit(128 + signal) after a stop signal, once
     a checkpoint is written.
     """
-    with open_run(config, resume) as run:
+    with all_ranks() as ranks, open_run(config, resume, ranks) as run:
         stopped = run_steps(run.training, run.directory, run.report, run.stop)
         run.conclude(stopped)
     return run.directory
@@ -37,11 +39,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> bool:
     """Run the optimizer steps that are left, or up to the first one after a stop signal.
 
-    t: the run in memory. t.net is its model, with the head on masked positions only.
+    t: the run in memory. t.net is its model, with the head on masked positions only, and t.ranks
+        are the processes that share the rows of each step; one process has all.
 
     Returns: whether a signal stopped it before its end.
     """
-    config, net, optimizer, scaler = t.config, t.net, t.optimizer, t.scaler
+    config, net, optimizer, scaler = t.config, t.parallel_net, t.optimizer, t.scaler
 
     if t.evaluation_is_due() and evaluate_and_save(t, run_dir, report, stop):
         return True  # a signal cut that evaluation short once, and now again
@@ -50,7 +53,9 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
         learning_rate = t.scheduler.get_last_lr()[0]
         step_loss = torch.zeros((), device=t.precision.device)  # () nats per masked token
         for batch in step.batches:
-            with t.precision.autocast():
+            # The last backward adds up the gradients of all processes.
+            exchange = t.ranks.exchange_gradients(net, now=batch is step.batches[-1])
+            with t.precision.autocast(), exchange:
                 loss_sum, _ = masked_lm_loss(
                     net, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T) each
                     positions=batch.positions, dense=config.dense_head,  # (N,)
@@ -58,7 +63,8 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
             # Divided by the masked tokens of the whole step, not of this batch: then the gradients
             # add up to those of one large batch, however it was split.
             loss = loss_sum / max(step.n_masked, 1)  # ()
-            scaler.scale(loss).backward()  # larger, so that small fp16 gradients do not become 0
+            # Larger, so that small fp16 gradients do not become 0; and the exchange is a mean.
+            scaler.scale(loss * t.ranks.size).backward()
             step_loss += loss.detach()
 
         grad_norm = torch.zeros_like(step_loss)  # ()
@@ -90,12 +96,14 @@ def evaluate_and_save(t: Training, run_dir: Path, report: Report, stop: StopRequ
     An evaluation that a signal cuts short is done after the resume.
     """
     if t.evaluation_is_due():
-        metrics = evaluate(t.net, t.tokenizer, t.eval_rows, t.config, t.precision, stop)
+        metrics = evaluate(
+            t.net, t.tokenizer, t.eval_rows, t.config, t.precision, t.ranks, stop
+        )
         if metrics is not None:
             report.evaluation(t.steps_done, metrics)
             t.evaluated_at = t.steps_done
-    if stop.received or t.due(t.config.save_every):
+    if stop.asked() or t.due(t.config.save_every):
         report.sync()
         t.save(run_dir)
-        return stop.received is not None  # a signal during the save needs no other step
+        return stop.asked()  # a signal during the save needs no other step
     return False

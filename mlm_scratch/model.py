@@ -63,7 +63,8 @@ def masked_lm_loss(
     """Sum of the cross-entropy over the masked tokens of a batch, and their number.
 
     Args:
-        model: a MaskedLM, or the AutoModelForMaskedLM to put into one for this call.
+        model: a MaskedLM (also in DistributedDataParallel), or the AutoModelForMaskedLM to put into
+            one for this call.
         input_ids, attention_mask: (B, T); a mask of None: nothing is padded.
         labels: (B, T), the id to predict, -100 where there is none.
         positions: (N,) indices of the masked tokens in the flattened batch, if known. Looking for
@@ -76,7 +77,7 @@ def masked_lm_loss(
 
     Source: the loss of transformers' *ForMaskedLM models, which is this sum over this number.
     """
-    if not isinstance(model, MaskedLM):
+    if isinstance(model, PreTrainedModel):
         wrapped = MaskedLM(model)
         try:
             return masked_lm_loss(
@@ -118,10 +119,8 @@ def sparse_head_works(model: MaskedLM) -> bool:
     Tried on a small batch rather than looked up by name, so that a model nobody thought of is
     either right or runs dense.
     """
-    device = next(model.parameters()).device
-    input_ids = torch.arange(8, device=device).view(2, 4) % model.model.config.vocab_size  # (B, T)
-    attention_mask = torch.ones_like(input_ids)  # (B, T)
-    positions = torch.tensor([1, 2, 7], device=device)  # (N,)
+    input_ids, attention_mask = _small_batch(model)  # (B, T), (B, T)
+    positions = torch.tensor([1, 2, 7], device=input_ids.device)  # (N,)
     was_training = model.training
     model.eval()
     try:
@@ -132,3 +131,17 @@ def sparse_head_works(model: MaskedLM) -> bool:
         return False
     finally:
         model.train(was_training)
+
+
+def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
+    """Those that the loss never reaches, such as a pooler; also found by trying."""
+    model(*_small_batch(model), None).sum().backward()
+    unused = [parameter for parameter in model.parameters() if parameter.grad is None]
+    model.zero_grad()
+    return unused
+
+
+def _small_batch(model: MaskedLM) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
+    input_ids = torch.arange(8, device=device).view(2, 4) % model.model.config.vocab_size  # (B, T)
+    return input_ids, torch.ones_like(input_ids)  # (B, T), (B, T)

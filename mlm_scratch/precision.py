@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mlm_scratch.errors import UserError
+from mlm_scratch.launch import this_launch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,9 +36,15 @@ class Precision:
 
 
 def choose_precision(device_name: str, precision: str) -> Precision:
-    """Resolve "auto" for both. Raises UserError for a device that is not there."""
+    """Resolve "auto" for both. Of several processes on a machine each has a GPU of its own.
+
+    Raises UserError for a device that is not there.
+    """
+    launch = this_launch()
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_name == "cuda" and launch.size > 1:
+        device_name = f"cuda:{launch.local_rank}"
     try:
         device = torch.device(device_name)
         torch.empty(0, device=device)
@@ -45,6 +52,8 @@ def choose_precision(device_name: str, precision: str) -> Precision:
         raise UserError(
             f"--device {device_name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL and new tensors go
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device_name} cannot be used: only cpu and cuda can")
     if precision == "auto":

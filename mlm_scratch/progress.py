@@ -5,8 +5,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mlm_scratch.launch import this_launch
+
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """A tqdm bar; in a log file, where every refresh is a line that stays, one every 15 seconds."""
+    """A tqdm bar; in a log file, where every refresh is a line that stays, one every 15 seconds.
+    Of several processes only the first shows its bars."""
     interval = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(*args, mininterval=interval, **kwargs)
+    return tqdm(*args, mininterval=interval, disable=not this_launch().is_first, **kwargs)

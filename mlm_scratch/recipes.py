@@ -55,6 +55,10 @@ class TrainConfig:
     text_column: str = _option(
         "answers.text", "column with the text; dotted for nested ones; a list is joined by spaces"
     )
+    streaming: bool = _option(
+        False, "read, tokenize and pack the text while training, without a copy on disk; needs "
+        "--max-steps",
+    )
     eval_fraction: float = _option(
         0.2, "share of the documents held out for evaluation; 0: no evaluation",
         at_least=0, below=1,
@@ -144,6 +148,16 @@ class TrainConfig:
             raise UserError("--model bundled has no weights to start from: use --init scratch")
         if not self.train_file and self.dataset is None:
             raise UserError("there is nothing to train on: name a --dataset or a --train-file")
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        if self.max_steps is None:
+            raise UserError("--streaming needs --max-steps: nobody knows how long a stream is")
+        if self.grouping != "blocks":
+            raise UserError("--streaming cuts the stream into blocks: use --grouping blocks")
+        if self.eval_fraction and not self.eval_file:
+            raise UserError("--streaming holds no text out: evaluate on an --eval-file")
 
 
 def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
@@ -202,7 +216,8 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     """The settings of a recipe with those that were named in their place.
 
     Another model or text than the recipe's also drops what the recipe says of its own: a Hub
-    model starts from its weights, a text is read whole, from a column called "text".
+    model starts from its weights, a text is read whole, from a column called "text". A stream has
+    no part that could be held out.
 
     Raises UserError for contradictions.
     """
@@ -217,4 +232,6 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     if "train_file" in given or given.get("dataset", own_dataset) != own_dataset:
         column = "answers.text" if given.get("dataset") == BUNDLED else "text"
         implied |= {"dataset": None, "split": "train", "text_column": column}
+    if given.get("streaming"):
+        implied |= {"eval_fraction": 0.0, "grouping": "blocks", "split": "train"}
     return replace(RECIPES[recipe], **{**implied, **given})

@@ -101,6 +101,25 @@ class Report:
         self.metrics.flush()
 
 
+class NoReport:
+    """The report of all processes but the first: nothing."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+    def advance(self, n_tokens: int) -> None:
+        """The first process counts the tokens of all."""
+
+    def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """The first process notes the same numbers."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """The first process notes the same numbers."""
+
+    def sync(self) -> None:
+        """Nothing was written."""
+
+
 def _forget_after(last_step: int, last_evaluation: int, metrics: Path) -> None:
     """Cut the file where the lines of later steps begin, or a line that was not finished."""
     metrics.touch()

@@ -5,20 +5,23 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
 from mlm_scratch.errors import UserError
+from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
-from mlm_scratch.report import Report, draw_losses
+from mlm_scratch.report import NoReport, Report, draw_losses
 from mlm_scratch.run_dir import (
     LATEST,
     check_output_dir,
     claim,
     make_run_dir,
     point_latest_to,
+    restarted_run,
+    resumed_config,
     write_run_json,
 )
 from mlm_scratch.setup import Training, prepare
@@ -33,48 +36,64 @@ class Run:
 
     directory: Path
     training: Training
-    report: Report
+    report: Report | NoReport
     stop: StopRequest
 
     def conclude(self, stopped: bool) -> None:
         """Leave behind what a finished run leaves, or after a stop signal say how to go on."""
         t = self.training
         self.report.close()
-        draw_losses(self.directory)
+        if t.ranks.is_first:
+            draw_losses(self.directory)
         if stopped:
             print(f"stopped; go on with: {_resume_command(self.directory)}", flush=True)
-            raise SystemExit(128 + self.stop.received)
+            raise SystemExit(128 + self.stop.agreed)
         if not t.weights_are_finite():
             raise UserError(
                 f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
                 "save; begin a new run with a lower --lr or --weight-decay"
             )
-        if lost := t.lost_steps.item():
-            print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
-        save_model(self.directory / MODEL, t.model, t.tokenizer)
+        if t.ranks.is_first:
+            if lost := t.lost_steps.item():
+                print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
+            save_model(self.directory / MODEL, t.model, t.tokenizer)
 
 
 @contextmanager
-def open_run(config: TrainConfig, resume: bool) -> Iterator[Run]:
+def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
     """Prepare all that the loop needs, in a run directory that is this run's alone. What goes wrong
-    with the directory is a UserError."""
+    with the directory is a UserError.
+
+    Only the first process makes, claims and writes it.
+    """
+    if ranks.launch.restarts and not resume:
+        directory = ranks.first_decides(lambda: restarted_run(config))
+        if directory is not None:
+            config, resume = resumed_config(directory, {}), True
     with ExitStack() as held:
         if resume:
             directory = Path(config.output_dir or LATEST)
-            held.enter_context(claim(directory))
-            t = prepare(config, _checkpoint_to_resume(directory))
+            ranks.first_decides(lambda: held.enter_context(claim(directory)))
+            checkpoint = ranks.first_decides(lambda: _checkpoint_to_resume(directory))
+            t = prepare(config, checkpoint, ranks)
         else:
-            check_output_dir(config)
-            t = prepare(config)
-            directory = make_run_dir(config)  # only now that nothing is wrong with text and model
-            held.enter_context(claim(directory))
-            check_output_dir(config)  # another run may have come and gone meanwhile
+            ranks.first_decides(lambda: check_output_dir(config))
+            t = prepare(config, None, ranks)
+            # Only now that nothing is wrong with text and model:
+            directory = ranks.first_decides(lambda: _new_directory(config, held))
         with (
             _told_in_one_line(directory),
-            StopRequest() as stop,
-            _open_report(t, directory) as report,
+            StopRequest(ranks) as stop,
+            _open_report(t, directory) if ranks.is_first else nullcontext(NoReport()) as report,
         ):
             yield Run(directory, t, report, stop)
+
+
+def _new_directory(config: TrainConfig, held: ExitStack) -> Path:
+    directory = make_run_dir(config)
+    held.enter_context(claim(directory))
+    check_output_dir(config)  # another run may have come and gone meanwhile
+    return directory
 
 
 def _checkpoint_to_resume(directory: Path) -> Path | None:
@@ -95,7 +114,8 @@ def _open_report(t: Training, directory: Path) -> Report:
         t.remove_old_checkpoints(directory)  # where a kill came before it
     write_run_json(t.config, directory)
     point_latest_to(directory)
-    print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}", flush=True)
+    together = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
+    print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}{together}", flush=True)
     return Report(directory, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlm_scratch.errors import UserError
+from mlm_scratch.launch import this_launch
 from mlm_scratch.recipes import TrainConfig
 
 RUNS = Path("runs")
@@ -91,15 +92,23 @@ def claim(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConfig:
-    """The settings of the run in `output_dir` (None: the newest run), with `changes`.
+def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in `output_dir` (None: the newest run), with `changes`. Another
+    number of processes shares out the same rows per step.
 
     Raises UserError if there is no run, or if a change would make it another run.
     """
     run_dir = Path(output_dir or LATEST).resolve() if output_dir is None else Path(output_dir)
     try:
-        saved = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))["config"]
-        saved = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+        noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+        saved = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in noted["config"].items()
+        }
+        changes = {
+            name: value for name, value in changes.items() if value != saved.get(name)
+        }
+        saved |= _shared_out(saved["batch_size"], saved["accumulate"], noted.get("processes", 1))
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -119,13 +128,46 @@ def resumed_config(output_dir: str | None, changes: dict[str, Any]) -> TrainConf
         raise UserError(f"--resume: {run_dir} was begun by another version: {error}") from error
 
 
+def _shared_out(batch_size: int, accumulate: int, processes: int) -> dict[str, int]:
+    """The batch_size, as large as before at most, and accumulate with which the processes there
+    are now do the steps that `processes` have done up to now."""
+    now, rows = this_launch().size, batch_size * accumulate * processes
+    if now == processes:
+        return {}
+    if rows % now > 0:
+        raise UserError(
+            f"--resume: this run has {rows} rows per step, which {now} processes cannot share: "
+            "take a divisor of that number"
+        )
+    share = rows // now
+    size = max(size for size in range(1, batch_size + 1) if share % size == 0)
+    print(
+        f"changed: {now} processes now, not {processes}, each with batch_size {size} and "
+        f"accumulate {share // size}"
+    )
+    return {"batch_size": size, "accumulate": share // size}
+
+
+def restarted_run(config: TrainConfig) -> Path | None:
+    """The run that this launch of processes had begun before they were started again, if any."""
+    run_dir = Path(config.output_dir or LATEST).resolve()
+    try:
+        noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+        return run_dir if noted["launch"] == this_launch().name else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_run_json(config: TrainConfig, run_dir: Path) -> None:
     """Note what the run was told and what it runs on."""
+    launch = this_launch()
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
+        "processes": launch.size,
+        "launch": launch.name,
     }
     try:
         unfinished = run_dir / f".{RUN_JSON}"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator, Loader
-from mlm_scratch.model import MaskedLM, sparse_head_works
+from mlm_scratch.model import MaskedLM, sparse_head_works, unused_parameters
 from mlm_scratch.precision import Precision, choose_precision
+from mlm_scratch.ranks import ALONE, Ranks
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.run_dir import MAY_CHANGE
+from mlm_scratch.stream import StreamLoader
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
+TEXTS_OF_TOKENIZER = 50_000
 LOST_STEPS_IN_A_ROW = 10  # so many steps without a finite loss, and none will have one again
 
 
@@ -39,7 +43,9 @@ class Training:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     net: MaskedLM  # the model, with its head on masked positions only
-    loader: Loader
+    parallel_net: nn.Module  # the same, with gradients averaged over the processes
+    ranks: Ranks
+    loader: Loader | StreamLoader
     eval_rows: TokenRows | None
     total_steps: int
     optimizer: torch.optim.Optimizer
@@ -66,7 +72,9 @@ class Training:
         return self.eval_rows is not None and new and self.due(every)
 
     def count_step(self, step_loss: Tensor) -> None:
-        """One optimizer step is done. Its loss is added to the sums without being read."""
+        """One optimizer step is done. Its loss, this process's part of it, is added to the sums
+        without being read."""
+        self.ranks.add_up(step_loss)
         self.steps_done += 1
         self.steps_since_log += 1
         lost = ~step_loss.isfinite()
@@ -97,13 +105,14 @@ class Training:
 
     def save(self, run_dir: Path) -> None:
         """Write a checkpoint, but never in the place of a good one: NaN weights are not saved."""
+        state = self.state_dict()
+        if not self.ranks.is_first:
+            return
         if not self.weights_are_finite():
             print(f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
                   file=sys.stderr)
             return
-        save_checkpoint(
-            run_dir, self.steps_done, self.model, self.tokenizer, self.state_dict()
-        )
+        save_checkpoint(run_dir, self.steps_done, self.model, self.tokenizer, state)
         self.remove_old_checkpoints(run_dir)
 
     def remove_old_checkpoints(self, run_dir: Path) -> None:
@@ -114,10 +123,13 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, besides the weights."""
         device = self.precision.device
+        on_cuda = device.type == "cuda"
+        cuda_rng = self.ranks.gather(torch.cuda.get_rng_state(device)) if on_cuda else None
         return {
             "config": {
                 name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE
             },
+            "rows_per_step": self.loader.rows_per_step,
             "steps_done": self.steps_done,
             "evaluated_at": self.evaluated_at,
             "steps_since_log": self.steps_since_log,
@@ -127,16 +139,16 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduled_steps": self.scheduler.last_epoch,  # without those not taken
             "scaler": self.scaler.state_dict(),
-            "mask_generator": self.loader.collator.generator.get_state(),
+            "loader": self.loader.state_dict(),
             "text_digests": self.text_digests(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "rng": self.ranks.gather(torch.get_rng_state()),  # of each process
+            "cuda_rng": cuda_rng,
         }
 
     def text_digests(self) -> dict[str, str]:
         """What tells the texts of this run from any other."""
         held_out = self.eval_rows.text_digest if self.eval_rows else ""
-        return {"training": self.loader.rows.text_digest, "evaluation": held_out}
+        return {"training": self.loader.text_digest, "evaluation": held_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the weights come with the model.
@@ -150,6 +162,11 @@ class Training:
                     f"--resume: this run was begun with {name} {begun_with!r}, not {now!r}; begin "
                     "a new run for that"
                 )
+        if (rows := self.loader.rows_per_step) != state["rows_per_step"]:
+            raise UserError(
+                f"--resume: this run was begun with {state['rows_per_step']} rows per step (batch "
+                f"size x accumulation x processes), not {rows}; begin a new run for that"
+            )
         for which, digest in self.text_digests().items():
             if state["text_digests"][which] != digest:
                 raise UserError(f"--resume: the {which} text has changed since; begin a new run")
@@ -169,21 +186,34 @@ class Training:
         self.scheduler = LambdaLR(self.optimizer, schedule, state["scheduled_steps"] - 1)
         if state["scaler"]:  # empty unless the run was in fp16 until now
             self.scaler.load_state_dict(state["scaler"])
-        self.loader.collator.generator.set_state(state["mask_generator"])
-        torch.set_rng_state(state["rng"])
+        self.loader.load_state_dict(state["loader"])
+        if len(state["rng"]) != self.ranks.size:  # other processes: other dropout, never seen
+            torch.manual_seed(self.config.seed + self.steps_done + self.ranks.rank)
+            return
+        torch.set_rng_state(state["rng"][self.ranks.rank])
         if state["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+            torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank], device)
 
 
-def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Training:
+def prepare(
+    config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = ALONE
+) -> Training:
     """Load text and model and build all that the loop needs; with a checkpoint, as it was there."""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     precision = choose_precision(config.device, config.precision)
-    documents, eval_documents = load_documents(config)
-    tokenizer, model = load_tokenizer_and_model(config, documents, checkpoint)
-    rows = prepare_rows(documents, tokenizer, config)
-    eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    _describe(documents, rows, eval_rows, model, config, precision)
+    with ranks.one_after_another():
+        documents, eval_documents = load_documents(config)
+        # Only the bundled model reads them. A stream is too long for that.
+        texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
+        tokenizer, model = load_tokenizer_and_model(config, texts, checkpoint)
+        if config.streaming:
+            loader = StreamLoader(documents, tokenizer, config, precision.device, ranks)
+        else:
+            rows = prepare_rows(documents, tokenizer, config)
+            collator = Collator(tokenizer, config)
+            loader = Loader(rows, collator, config, precision.device, ranks)
+        eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
+    _describe(documents, loader, eval_rows, model, config, precision)
 
     if precision.device.type == "cpu":
         keep_freed_memory()
@@ -198,21 +228,25 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None) -> Training:
         # Where all shapes are the same the GPU can replay a recorded step (CUDA graphs).
         static = precision.device.type == "cuda" and config.grouping == "blocks"
         net.compile(mode="reduce-overhead" if static and config.accumulate == 1 else "default")
-    loader = Loader(rows, Collator(tokenizer, config), config, precision.device)
+    if ranks.size > 1:  # else DistributedDataParallel waits for their gradients
+        for parameter in unused_parameters(net):
+            parameter.requires_grad_(False)
+    parallel_net = ranks.wrap(net)
     total_steps = config.max_steps or math.ceil(config.epochs * loader.steps_per_epoch)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
         fused=True,
     )
     t = Training(
-        config, precision, tokenizer, model, net, loader, eval_rows, total_steps, optimizer,
+        config, precision, tokenizer, model, net, parallel_net, ranks, loader, eval_rows,
+        total_steps, optimizer,
         scheduler=LambdaLR(optimizer, linear_schedule(config.warmup_steps, total_steps)),
         scaler=precision.grad_scaler(),
         loss_since_log=torch.zeros((), device=precision.device),
         lost_in_a_row=torch.zeros((), dtype=torch.int64, device=precision.device),
         lost_steps=torch.zeros((), dtype=torch.int64, device=precision.device),
     )
-    torch.manual_seed(config.seed)  # dropout is drawn from here on
+    torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
     return t
@@ -266,17 +300,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def _describe(
     documents: Documents,
-    rows: TokenRows,
+    loader: Loader | StreamLoader,
     eval_rows: TokenRows | None,
     model: PreTrainedModel,
     config: TrainConfig,
     precision: Precision,
 ) -> None:
     held_out = f", {len(eval_rows):,} held out" if eval_rows else ""
-    print(
-        f"text: {len(documents):,} documents of {documents.source}, {len(rows.tokens):,} tokens in "
-        f"{len(rows):,} rows of up to {config.block_size}{held_out}"
-    )
+    if config.streaming:
+        print(
+            f"text: a stream of {documents.source} in {len(loader.positions)} lanes, rows of "
+            f"{config.block_size}{held_out}"
+        )
+    else:
+        rows = loader.rows
+        print(
+            f"text: {len(documents):,} documents of {documents.source}, {len(rows.tokens):,} "
+            f"tokens in {len(rows):,} rows of up to {config.block_size}{held_out}"
+        )
     print(
         f"model: {type(model).__name__} ({config.model}, {config.init}), "
         f"{model.num_parameters():,} parameters, on {precision}"

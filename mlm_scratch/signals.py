@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from mlm_scratch.ranks import ALONE, Ranks
+
 
 class StopRequest:
     """While entered, remembers the first stop signal instead of dying of it.
@@ -11,7 +13,10 @@ class StopRequest:
     A second SIGINT interrupts at once, as if nobody listened.
     """
 
-    received: int | None = None  # the signal's number
+    def __init__(self, ranks: Ranks = ALONE):
+        self.ranks = ranks
+        self.received = 0  # the number of the signal that this process got
+        self.agreed = 0  # of the one that all processes know of
 
     def __enter__(self) -> "StopRequest":
         self._previous = {}
@@ -28,6 +33,12 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop. All of them have to ask this at the same point:
+        so they stop after the same step."""
+        self.agreed = self.ranks.largest(self.received)
+        return self.agreed > 0
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = number

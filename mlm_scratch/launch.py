@@ -1,0 +1,53 @@
+"""What torchrun told this process: how many there are, and which of them it is."""
+
+import os
+from dataclasses import dataclass
+
+from mlm_scratch.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among those of one run; by default it is alone.
+
+    rank: its number, 0 ... size - 1. local_rank: its number on its own machine.
+    machine: the number of that machine. restarts: how often all processes were started again.
+    name: the same for all processes and restarts of one launch, and for no other launch.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    machine: int = 0
+    restarts: int = 0
+    name: str = ""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+
+def this_launch() -> Launch:
+    """Read the environment variables that torchrun sets. Raises UserError for nonsense in them."""
+
+    def number(name: str, default: int) -> int:
+        text = os.environ.get(name, str(default))
+        if not text.isdecimal():
+            raise UserError(f"the environment variable {name} must be a number, got {text!r}")
+        return int(text)
+
+    if "WORLD_SIZE" not in os.environ:
+        return Launch()
+    # Without --rdzv-id the name is "none"; then the process that started this one tells launches
+    # apart.
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launch = Launch(
+        number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0),
+        number("GROUP_RANK", 0), number("TORCHELASTIC_RESTART_COUNT", 0),
+        f"process {os.getppid()}" if name == "none" else name,
+    )  # fmt: skip
+    if not launch.rank < launch.size:
+        raise UserError(f"the environment variable RANK is {launch.rank}, WORLD_SIZE "
+                        f"{launch.size}: ranks are numbered from 0")  # fmt: skip
+    return launch

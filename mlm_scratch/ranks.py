@@ -1,0 +1,149 @@
+"""Several processes, one run: what they tell each other.
+
+    torchrun --nproc-per-node 4 train.py --epochs 2
+
+Every process ("rank") has the whole model and does its share of every step. Gradients are summed
+by DistributedDataParallel; all else that has to be agreed on goes through a Ranks. A process alone
+has one too, in which every method is the simple case.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlm_scratch.errors import UserError
+from mlm_scratch.launch import Launch, this_launch
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of this run, as one of them sees them.
+
+    Every method is called by all of them, at the same point of the run, or all wait for ever.
+    """
+
+    launch: Launch
+    store: distributed.Store | None = None  # keys and values that all processes see
+
+    @property
+    def rank(self) -> int:
+        """The number of this process: 0 ... size - 1."""
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.launch.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.launch.is_first
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Put the sum over all processes in the place of `tensor`. Nothing waits for a GPU."""
+        if self.size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes have. Goes from CPU to CPU."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)  # ()
+        distributed.all_reduce(value, distributed.ReduceOp.MAX)
+        return int(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process has, in the order of their numbers."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def first_decides(self, decide: Callable[[], Any]) -> Any:
+        """Call `decide` in the first process only; all return what it returned. Where it raises
+        UserError the others exit without a word."""
+        decision = None
+        try:
+            decision = decide() if self.is_first else None
+        except UserError as error:
+            self.gather(error)
+            raise
+        decision = self.gather(decision)[0]
+        if isinstance(decision, UserError):
+            sys.exit(2)
+        return decision
+
+    @contextmanager
+    def one_after_another(self) -> Iterator[None]:
+        """The first process of each machine goes first; the others find its files in the cache."""
+        key = f"machine {self.launch.machine} is prepared"
+        goes_first = self.launch.local_rank == 0
+        # Not a collective: one that lasts for half an hour counts as failed, and no signal is
+        # heard in it.
+        while not goes_first and not self.store.check([key]):
+            time.sleep(0.1)
+        yield
+        if goes_first and self.size > 1:
+            self.store.set(key, "")
+
+    def wrap(self, net: nn.Module) -> nn.Module:
+        """`net` with its gradients averaged over the processes in backward."""
+        return net if self.size == 1 else DistributedDataParallel(net)
+
+    def exchange_gradients(self, net: nn.Module, now: bool) -> AbstractContextManager:
+        """For a forward pass of the wrapped `net`: whether its backward averages the gradients, and
+        with them those that were only added up in this process before."""
+        return nullcontext() if now or self.size == 1 else net.no_sync()
+
+
+ALONE = Ranks(Launch())
+
+
+@contextmanager
+def all_ranks() -> Iterator[Ranks]:
+    """Meet the other processes that torchrun has started.
+
+    Raises UserError where that fails, or where one of them is gone.
+    """
+    launch = this_launch()
+    if launch.size == 1:
+        yield Ranks(launch)
+        return
+    try:
+        store, _, _ = next(distributed.rendezvous("env://"))
+        # A restart finds the addresses of the processes before it in the same store, unless each
+        # attempt has names of its own.
+        store = distributed.PrefixStore(f"attempt {launch.restarts}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.size
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot meet the other processes: {_first_line(error)}") from error
+    try:
+        yield Ranks(launch, store)
+    except SystemExit:  # all processes stop here, as a signal asked them to
+        distributed.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if not any(name in str(error).lower() for name in ("gloo", "nccl", "tcpstore")):
+            raise
+        raise UserError(
+            "another process of this run is gone, so this one ends too; --resume goes on from the "
+            f"last checkpoint ({_first_line(error)})"
+        ) from error
+    distributed.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
