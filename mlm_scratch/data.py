@@ -10,6 +10,7 @@ a part of the text and of the ids is held in memory at a time. The finished dire
 a key of content, tokenizer and settings; the next run with the same three starts at once.
 """
 
+import copy
 import glob
 import gzip
 import hashlib
@@ -21,7 +22,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ class Documents:
     def part(self, number: int, parts: int) -> "Documents":
         """One of equal parts of a stream: its own files where they can be shared out evenly, or
         else every so many-th document."""
-        return replace(self, rows=split_dataset_by_node(self.rows, number, parts))
+        part = copy.deepcopy(self)  # else parts that are read in turn spoil each other's state
+        part.rows = split_dataset_by_node(part.rows, number, parts)
+        return part
 
     def _pick(self, value: Any, path: list[str]) -> str:
         """Follow the dotted path. Lists may stand anywhere on it: {"text": [...]} as older versions

@@ -108,6 +108,11 @@ class Ranks:
 
 ALONE = Ranks(Launch())
 
+# Whoever lets go of a process group last waits for its threads. DistributedDataParallel does that
+# without giving away Python's lock, which a thread may need to finish: then both wait for ever. So
+# the last one is this list, when Python ends.
+_GROUPS: list[distributed.ProcessGroup] = []
+
 
 @contextmanager
 def all_ranks() -> Iterator[Ranks]:
@@ -128,6 +133,7 @@ def all_ranks() -> Iterator[Ranks]:
         distributed.init_process_group(
             backend, store=store, rank=launch.rank, world_size=launch.size
         )
+        _GROUPS.append(distributed.group.WORLD)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot meet the other processes: {_first_line(error)}") from error
     try:

@@ -81,6 +81,8 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
             t = prepare(config, None, ranks)
             # Only now that nothing is wrong with text and model:
             directory = ranks.first_decides(lambda: _new_directory(config, held))
+        if t.config.streaming:
+            held.callback(t.loader.close)
         with (
             _told_in_one_line(directory),
             StopRequest(ranks) as stop,
@@ -132,6 +134,13 @@ def _told_in_one_line(directory: Path) -> Iterator[None]:
     threading.excepthook = report_once
     try:
         yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # raised wherever this process is just then
+            raise
+        raise UserError(
+            "a process that reads the stream ahead was killed (for its memory?); go on with: "
+            f"{_resume_command(directory)}"
+        ) from error
     except BrokenPipeError:  # nobody reads what is printed: that is no fault of the directory
         raise
     except OSError as error:

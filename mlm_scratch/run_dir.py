@@ -27,6 +27,8 @@ MAY_CHANGE = {
     "epochs", "max_steps", "log_every", "save_every", "keep", "eval_every",
     "device", "precision", "compile", "output_dir",
 }
+# What changes with the number of processes, so that the rows per step stay what they were.
+SHARED_OUT = {"batch_size", "accumulate"}
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -26,7 +26,7 @@ from mlm_scratch.model import MaskedLM, sparse_head_works, unused_parameters
 from mlm_scratch.precision import Precision, choose_precision
 from mlm_scratch.ranks import ALONE, Ranks
 from mlm_scratch.recipes import TrainConfig
-from mlm_scratch.run_dir import MAY_CHANGE
+from mlm_scratch.run_dir import MAY_CHANGE, SHARED_OUT
 from mlm_scratch.stream import StreamLoader
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
@@ -127,7 +127,8 @@ class Training:
         cuda_rng = self.ranks.gather(torch.cuda.get_rng_state(device)) if on_cuda else None
         return {
             "config": {
-                name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE
+                name: value for name, value in asdict(self.config).items()
+                if name not in MAY_CHANGE | SHARED_OUT
             },
             "rows_per_step": self.loader.rows_per_step,
             "steps_done": self.steps_done,

@@ -2,11 +2,11 @@
 
     stream    -> lanes: each has its own files, or else every so many-th document
     lane      -> a buffer of documents, shuffled, their ids one after the other, cut into rows
-                 (in a process of its own, some steps ahead)
+                 (by worker processes, some steps ahead)
     step      -> the same number of rows from every lane
 
-The number of lanes is fixed when a run begins, and each process of the run has its share of them.
-So neither the rows of a step nor their order depend on the number of processes.
+The number of lanes is fixed when a run begins, 16 in most cases, and each process of the run has
+its share of them. So what is in a step does not depend on the number of processes.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from mlm_scratch.masking import IGNORE
 from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
 
-LANES = 4  # of one process, at most: the cores that tokenize for it
+LANES, LANES_PER_PROCESS = 16, 4  # at most the first, or where those are more, the second
 STEPS_AHEAD = 4
 PR_SET_PDEATHSIG = 1  # name and number of Linux's prctl.h
 
@@ -59,12 +59,16 @@ class StreamLoader:
     ):
         self.documents, self.tokenizer, self.config = documents, tokenizer, config
         self.collator, self.device, self.ranks = Collator(tokenizer, config), device, ranks
-        rows = config.batch_size * config.accumulate  # in a step of this process
-        self.rows_per_step = rows * ranks.size
-        lanes = next(lanes for lanes in range(LANES, 0, -1) if rows % lanes == 0)
-        self.positions = [BEGINNING] * (lanes * ranks.size)  # kept up to date for the own lanes
+        self.rows_per_step = config.batch_size * config.accumulate * ranks.size
+        lanes = max(
+            lanes
+            for lanes in range(ranks.size, max(LANES, LANES_PER_PROCESS * ranks.size) + 1)
+            if self.rows_per_step % lanes == 0 and lanes % ranks.size == 0
+        )
+        self.positions = [BEGINNING] * lanes  # kept up to date for the own ones
         self.steps_per_epoch = config.max_steps  # as Trainer counts a stream: one epoch in all
         self.text_digest = _digest(config)
+        self.received: Iterator[Any] | None = None  # from the workers, while there are any
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
@@ -116,26 +120,35 @@ class StreamLoader:
         """Yield the own rows of one step after the other, (own rows, T, 2), and keep the positions
         after them."""
         own = self._own_lanes()
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a lane has one core
-        workers = DataLoader(
-            _Lanes(self, own), batch_size=None, num_workers=len(own), prefetch_factor=STEPS_AHEAD,
-            collate_fn=lambda item: item, worker_init_fn=_live_as_long_as_the_parent,
+        cores = os.cpu_count() or 1
+        workers = max(n for n in range(1, cores + 1) if len(own) % n == 0)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
+        self.received = iter(DataLoader(  # yields from worker 0, 1, 2, ..., 0, 1, 2, ...
+            _Lanes(self, own), batch_size=None, collate_fn=lambda item: item, num_workers=workers,
+            prefetch_factor=STEPS_AHEAD * len(own) // workers,
+            worker_init_fn=_live_as_long_as_the_parent,
             generator=torch.Generator(),  # dropout is drawn from torch's own, and nothing else
-        )
-        received = iter(workers)  # from worker 0, 1, 2, ..., 0, 1, 2, ...
+        ))  # fmt: skip
         while True:
             parts = []
             for lane in own:
-                item = next(received)
-                if isinstance(item, UserError):
-                    raise item
-                part, self.positions[lane] = item
+                part, self.positions[lane] = self._next()
                 parts.append(part)
             yield np.concatenate(parts)
 
+    def _next(self) -> tuple[np.ndarray, Position]:
+        item = next(self.received)
+        if isinstance(item, UserError):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.received = None
+
 
 class _Lanes(IterableDataset):
-    """The lanes of one process. Worker number i of a DataLoader iterates over the i-th."""
+    """The lanes of one process. Of W workers of a DataLoader number w has w, w + W, w + 2 W, ..."""
 
     def __init__(self, loader: StreamLoader, own: range):
         self.documents, self.tokenizer, self.config = (
@@ -145,13 +158,15 @@ class _Lanes(IterableDataset):
         self.rows_per_lane = loader.rows_per_step // len(loader.positions)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Position] | UserError]:
-        """Yield the rows of a step, (rows_per_lane, T, 2), and the position after them; for ever.
+        """Yield the rows of a step, (rows_per_lane, T, 2), and the position after them, from one
+        lane after the other; for ever.
 
         An error is handed over: raised, the DataLoader would put a traceback into its message.
         """
-        rows = self._rows(self.own[get_worker_info().id])
+        worker = get_worker_info()
+        lanes = [self._rows(lane) for lane in self.own[worker.id :: worker.num_workers]]
         try:
-            while True:
+            for rows in itertools.cycle(lanes):
                 of_step, positions = zip(*itertools.islice(rows, self.rows_per_lane), strict=True)
                 yield np.stack(of_step), positions[-1]
         except UserError as error:
@@ -195,10 +210,9 @@ class _Lanes(IterableDataset):
 
 
 def _live_as_long_as_the_parent(worker: int) -> None:
-    """A worker leaves signals to the process that trains, and dies when that one does: it holds
-    copies of the open lock and sockets."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by a terminal
-        signal.signal(number, signal.SIG_IGN)
+    """Leave signals to the whole group, from a terminal or torchrun, to the process that trains:
+    it has to finish its step. And die when that dies: its open lock and sockets are here too."""
+    os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
