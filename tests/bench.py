@@ -190,7 +190,7 @@ def in_a_process(function: str, *arguments: str, **environment: str) -> list[flo
     code = (
         "import sys; from tests import bench;"
         f"print(bench.{function}(*sys.argv[1:]));"
-        "print(bench.memory_of_this_process('VmHWM'))"
+        "print(bench.memory_of_process('VmHWM'))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT,
@@ -337,7 +337,7 @@ def prepare_text(model: str, path: str) -> float:
 
     def sample() -> None:
         while not done.wait(0.005):
-            samples.append(memory_of_this_process("RssAnon"))
+            samples.append(memory_of_process("RssAnon"))
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -348,13 +348,13 @@ def prepare_text(model: str, path: str) -> float:
     finally:
         done.set()
         thread.join()
-        print(max(samples, default=memory_of_this_process("RssAnon")))
+        print(max(samples, default=memory_of_process("RssAnon")))
 
 
-def memory_of_this_process(field: str) -> int:
-    """Bytes in a field of /proc/self/status: VmHWM (the peak; not ru_maxrss, which a child process
-    inherits) or RssAnon (now, without mapped files)."""
-    status = Path("/proc/self/status").read_text()
+def memory_of_process(field: str, process: str = "self") -> int:
+    """Bytes in a field of /proc/<process>/status: VmHWM (the peak; not ru_maxrss, which a child
+    process inherits) or RssAnon (now, without mapped files)."""
+    status = Path(f"/proc/{process}/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
 
 
