@@ -53,7 +53,7 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
         learning_rate = t.scheduler.get_last_lr()[0]
         step_loss = torch.zeros((), device=t.precision.device)  # () nats per masked token
         for batch in step.batches:
-            # The last backward adds up the gradients of all processes.
+            # The last backward puts the mean over the processes in the place of their gradients.
             exchange = t.ranks.exchange_gradients(net, now=batch is step.batches[-1])
             with t.precision.autocast(), exchange:
                 loss_sum, _ = masked_lm_loss(
@@ -63,7 +63,8 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
             # Divided by the masked tokens of the whole step, not of this batch: then the gradients
             # add up to those of one large batch, however it was split.
             loss = loss_sum / max(step.n_masked, 1)  # ()
-            # Larger, so that small fp16 gradients do not become 0; and the exchange is a mean.
+            # Scaled up so that small fp16 gradients do not become 0, and by the number of processes
+            # because the sum of their gradients is wanted, not the mean.
             scaler.scale(loss * t.ranks.size).backward()
             step_loss += loss.detach()
 

@@ -7,7 +7,6 @@ the head has to run: with V = 50,265 it is nearly half of all arithmetic of a di
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -110,38 +109,3 @@ def masked_lm_logits(
     if positions is None:
         positions = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
     return model(input_ids, attention_mask, positions), labels[positions]  # (N, V), (N,)
-
-
-@torch.no_grad()
-def sparse_head_works(model: MaskedLM) -> bool:
-    """Whether the head on chosen positions gives what the whole forward pass gives there.
-
-    Tried on a small batch rather than looked up by name, so that a model nobody thought of is
-    either right or runs dense.
-    """
-    input_ids, attention_mask = _small_batch(model)  # (B, T), (B, T)
-    positions = torch.tensor([1, 2, 7], device=input_ids.device)  # (N,)
-    was_training = model.training
-    model.eval()
-    try:
-        dense = model(input_ids, attention_mask, None)[positions]  # (N, V)
-        sparse = model(input_ids, attention_mask, positions)  # (N, V)
-        return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return False
-    finally:
-        model.train(was_training)
-
-
-def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
-    """Those that the loss never reaches, such as a pooler; also found by trying."""
-    model(*_small_batch(model), None).sum().backward()
-    unused = [parameter for parameter in model.parameters() if parameter.grad is None]
-    model.zero_grad()
-    return unused
-
-
-def _small_batch(model: MaskedLM) -> tuple[Tensor, Tensor]:
-    device = next(model.parameters()).device
-    input_ids = torch.arange(8, device=device).view(2, 4) % model.model.config.vocab_size  # (B, T)
-    return input_ids, torch.ones_like(input_ids)  # (B, T), (B, T)

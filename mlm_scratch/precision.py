@@ -43,8 +43,10 @@ def choose_precision(device_name: str, precision: str) -> Precision:
     launch = this_launch()
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    if device_name == "cuda" and launch.size > 1:
+    if device_name == "cuda":
         device_name = f"cuda:{launch.local_rank}"
+    elif launch.size > 1 and device_name.startswith("cuda"):
+        raise UserError(f"--device {device_name}: several processes cannot share one GPU: say cuda")
     try:
         device = torch.device(device_name)
         torch.empty(0, device=device)
@@ -52,7 +54,7 @@ def choose_precision(device_name: str, precision: str) -> Precision:
         raise UserError(
             f"--device {device_name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where NCCL and new tensors go
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device_name} cannot be used: only cpu and cuda can")

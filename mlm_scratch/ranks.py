@@ -2,13 +2,14 @@
 
     torchrun --nproc-per-node 4 train.py --epochs 2
 
-Every process ("rank") has the whole model and does its share of every step. Gradients are summed
-by DistributedDataParallel; all else that has to be agreed on goes through a Ranks. A process alone
-has one too, in which every method is the simple case.
+Every process ("rank") has the whole model and does its share of every step. Their gradients are
+exchanged by DistributedDataParallel; all else that has to be agreed on goes through a Ranks. A
+process alone has one too, in which every method is the simple case.
 """
 
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Ranks:
 
     launch: Launch
     store: distributed.Store | None = None  # keys and values that all processes see
+    name: str = ""  # of this launch and all its restarts, and of no other
 
     @property
     def rank(self) -> int:
@@ -48,7 +50,8 @@ class Ranks:
         return self.launch.is_first
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """Put the sum over all processes in the place of `tensor`. Nothing waits for a GPU."""
+        """Put the sum over all processes in the place of `tensor`. For one on a GPU, the CPU does
+        not wait."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
@@ -85,16 +88,23 @@ class Ranks:
 
     @contextmanager
     def one_after_another(self) -> Iterator[None]:
-        """The first process of each machine goes first; the others find its files in the cache."""
-        key = f"machine {self.launch.machine} is prepared"
-        goes_first = self.launch.local_rank == 0
-        # Not a collective: one that lasts for half an hour counts as failed, and no signal is
-        # heard in it.
-        while not goes_first and not self.store.check([key]):
-            time.sleep(0.1)
+        """The first process of each machine goes first; the others find its files in the cache. At
+        the end all wait for each other.
+
+        Not a collective: one that lasts for ten minutes counts as failed, and it hears no signal.
+        """
+        machine = f"machine {self.launch.machine}"
+        if self.launch.local_rank > 0:
+            self._wait_for([machine])
         yield
-        if goes_first and self.size > 1:
-            self.store.set(key, "")
+        if self.size > 1:
+            for key in (machine, f"rank {self.rank}"):
+                self.store.set(key, "prepared")
+            self._wait_for([f"rank {rank}" for rank in range(self.size)])
+
+    def _wait_for(self, keys: list[str]) -> None:
+        while not self.store.check(keys):
+            time.sleep(0.1)
 
     def wrap(self, net: nn.Module) -> nn.Module:
         """`net` with its gradients averaged over the processes in backward."""
@@ -121,11 +131,12 @@ def all_ranks() -> Iterator[Ranks]:
     Raises UserError where that fails, or where one of them is gone.
     """
     launch = this_launch()
-    if launch.size == 1:
-        yield Ranks(launch)
+    if launch.size == 1 and not launch.by_torchrun:
+        yield ALONE
         return
     try:
         store, _, _ = next(distributed.rendezvous("env://"))
+        name = store.compare_set("launch", "", uuid.uuid4().hex).decode()
         # A restart finds the addresses of the processes before it in the same store, unless each
         # attempt has names of its own.
         store = distributed.PrefixStore(f"attempt {launch.restarts}", store)
@@ -137,7 +148,7 @@ def all_ranks() -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot meet the other processes: {_first_line(error)}") from error
     try:
-        yield Ranks(launch, store)
+        yield Ranks(launch, store, name)
     except SystemExit:  # all processes stop here, as a signal asked them to
         distributed.destroy_process_group()
         raise
@@ -145,8 +156,8 @@ def all_ranks() -> Iterator[Ranks]:
         if not any(name in str(error).lower() for name in ("gloo", "nccl", "tcpstore")):
             raise
         raise UserError(
-            "another process of this run is gone, so this one ends too; --resume goes on from the "
-            f"last checkpoint ({_first_line(error)})"
+            "another process of this run is gone or out of reach, so this one ends too; --resume "
+            f"goes on from the last checkpoint ({_first_line(error)})"
         ) from error
     distributed.destroy_process_group()
 

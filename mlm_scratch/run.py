@@ -1,5 +1,6 @@
 """The frame around the loop: from the settings to a finished run directory."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -20,8 +21,8 @@ from mlm_scratch.run_dir import (
     claim,
     make_run_dir,
     point_latest_to,
-    restarted_run,
     resumed_config,
+    run_of_launch,
     write_run_json,
 )
 from mlm_scratch.setup import Training, prepare
@@ -66,10 +67,7 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
 
     Only the first process makes, claims and writes it.
     """
-    if ranks.launch.restarts and not resume:
-        directory = ranks.first_decides(lambda: restarted_run(config))
-        if directory is not None:
-            config, resume = resumed_config(directory, {}), True
+    config, resume = ranks.first_decides(lambda: _what_to_run(config, resume, ranks))
     with ExitStack() as held:
         if resume:
             directory = Path(config.output_dir or LATEST)
@@ -89,6 +87,15 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
             _open_report(t, directory) if ranks.is_first else nullcontext(NoReport()) as report,
         ):
             yield Run(directory, t, report, stop)
+
+
+def _what_to_run(config: TrainConfig, resume: bool, ranks: Ranks) -> tuple[TrainConfig, bool]:
+    """What was asked for, or after a restart the same run again from its last checkpoint."""
+    if ranks.launch.restarts:
+        begun = run_of_launch(config.output_dir, ranks.name)
+        if begun is not None:
+            return resumed_config(begun, {}), True
+    return config, resume
 
 
 def _new_directory(config: TrainConfig, held: ExitStack) -> Path:
@@ -114,7 +121,7 @@ def _open_report(t: Training, directory: Path) -> Report:
     shutil.rmtree(directory / MODEL, ignore_errors=True)  # after a resume it is final no longer
     if t.steps_done:
         t.remove_old_checkpoints(directory)  # where a kill came before it
-    write_run_json(t.config, directory)
+    write_run_json(t.config, directory, t.ranks)
     point_latest_to(directory)
     together = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
     print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}{together}", flush=True)
@@ -135,7 +142,8 @@ def _told_in_one_line(directory: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # raised wherever this process is just then
+        # Raised wherever this process is just then.
+        if not re.search("DataLoader worker .* (is killed|exited)", str(error)):
             raise
         raise UserError(
             "a process that reads the stream ahead was killed (for its memory?); go on with: "

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.launch import this_launch
+from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
 
 RUNS = Path("runs")
@@ -110,7 +111,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
         changes = {
             name: value for name, value in changes.items() if value != saved.get(name)
         }
-        saved |= _shared_out(saved["batch_size"], saved["accumulate"], noted.get("processes", 1))
+        saved |= _shared_out(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,8 +132,8 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
 
 
 def _shared_out(batch_size: int, accumulate: int, processes: int) -> dict[str, int]:
-    """The batch_size, as large as before at most, and accumulate with which the processes there
-    are now do the steps that `processes` have done up to now."""
+    """The batch_size (no larger) and accumulate with which the processes that there are now do the
+    same steps as `processes`, with which the run was begun."""
     now, rows = this_launch().size, batch_size * accumulate * processes
     if now == processes:
         return {}
@@ -144,34 +145,40 @@ def _shared_out(batch_size: int, accumulate: int, processes: int) -> dict[str, i
     share = rows // now
     size = max(size for size in range(1, batch_size + 1) if share % size == 0)
     print(
-        f"changed: {now} processes now, not {processes}, each with batch_size {size} and "
+        f"changed: begun by {processes} processes, now {now}, each with batch_size {size} and "
         f"accumulate {share // size}"
     )
     return {"batch_size": size, "accumulate": share // size}
 
 
-def restarted_run(config: TrainConfig) -> Path | None:
-    """The run that this launch of processes had begun before they were started again, if any."""
-    run_dir = Path(config.output_dir or LATEST).resolve()
-    try:
-        noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
-        return run_dir if noted["launch"] == this_launch().name else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def run_of_launch(output_dir: str | None, launch: str) -> Path | None:
+    """The run that this launch of processes has begun or gone on with before, if any."""
+    for run_dir in [Path(output_dir)] if output_dir else RUNS.glob("*"):
+        try:
+            noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+            if noted["launch"] == launch:
+                return run_dir.resolve()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
-def write_run_json(config: TrainConfig, run_dir: Path) -> None:
-    """Note what the run was told and what it runs on."""
-    launch = this_launch()
+def write_run_json(config: TrainConfig, run_dir: Path, ranks: Ranks) -> None:
+    """Note what the run was told and what it runs on. How it was shared out among processes stays
+    as it was begun."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
-        "processes": launch.size,
-        "launch": launch.name,
+        "processes": ranks.size,
+        "launch": ranks.name,
     }
     try:
+        if (run_dir / RUN_JSON).exists():
+            begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+            content["processes"] = begun["processes"]
+            content["config"] |= {name: begun["config"][name] for name in SHARED_OUT}
         unfinished = run_dir / f".{RUN_JSON}"
         unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         os.replace(unfinished, run_dir / RUN_JSON)

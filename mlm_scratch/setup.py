@@ -22,8 +22,9 @@ from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator, Loader
-from mlm_scratch.model import MaskedLM, sparse_head_works, unused_parameters
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision, choose_precision
+from mlm_scratch.probe import sparse_head_works, unused_parameters
 from mlm_scratch.ranks import ALONE, Ranks
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.run_dir import MAY_CHANGE, SHARED_OUT
@@ -157,6 +158,8 @@ class Training:
         Raises UserError if settings or text are not those that the run was begun with.
         """
         device = self.precision.device
+        if "loader" not in state:
+            raise UserError("--resume: the checkpoint was written by another version")
         for name, begun_with in state["config"].items():
             if (now := getattr(self.config, name)) != begun_with:
                 raise UserError(
@@ -225,13 +228,13 @@ def prepare(
         print(f"{type(model).__name__}: the head cannot run on masked positions alone; running it "
               "on all of them")
         config = replace(config, dense_head=True)
+    if ranks.size > 1:  # DistributedDataParallel would wait for their gradients
+        for parameter in unused_parameters(net):
+            parameter.requires_grad_(False)
     if config.compile:
         # Where all shapes are the same the GPU can replay a recorded step (CUDA graphs).
         static = precision.device.type == "cuda" and config.grouping == "blocks"
         net.compile(mode="reduce-overhead" if static and config.accumulate == 1 else "default")
-    if ranks.size > 1:  # else DistributedDataParallel waits for their gradients
-        for parameter in unused_parameters(net):
-            parameter.requires_grad_(False)
     parallel_net = ranks.wrap(net)
     total_steps = config.max_steps or math.ceil(config.epochs * loader.steps_per_epoch)
     optimizer = torch.optim.AdamW(
@@ -310,7 +313,7 @@ def _describe(
     held_out = f", {len(eval_rows):,} held out" if eval_rows else ""
     if config.streaming:
         print(
-            f"text: a stream of {documents.source} in {len(loader.positions)} lanes, rows of "
+            f"text: a stream of {documents.source} in {documents.rows.num_shards} files, rows of "
             f"{config.block_size}{held_out}"
         )
     else:

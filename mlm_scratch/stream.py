@@ -5,14 +5,15 @@
                  (by worker processes, some steps ahead)
     step      -> the same number of rows from every lane
 
-The number of lanes is fixed when a run begins, 16 in most cases, and each process of the run has
-its share of them. So what is in a step does not depend on the number of processes.
+There are 16 lanes in most cases, and each process of a run has its share of them. So what is in a
+step does not depend on the number of processes, as long as they divide the lanes.
 """
 
 import ctypes
 import hashlib
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ from mlm_scratch.masking import IGNORE
 from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
 
-LANES, LANES_PER_PROCESS = 16, 4  # at most the first, or where those are more, the second
+LANES = 16  # or a divisor of that; more only where there are more processes
 STEPS_AHEAD = 4
 PR_SET_PDEATHSIG = 1  # name and number of Linux's prctl.h
 
@@ -60,11 +61,11 @@ class StreamLoader:
         self.documents, self.tokenizer, self.config = documents, tokenizer, config
         self.collator, self.device, self.ranks = Collator(tokenizer, config), device, ranks
         self.rows_per_step = config.batch_size * config.accumulate * ranks.size
-        lanes = max(
-            lanes
-            for lanes in range(ranks.size, max(LANES, LANES_PER_PROCESS * ranks.size) + 1)
-            if self.rows_per_step % lanes == 0 and lanes % ranks.size == 0
-        )
+        lanes = math.gcd(self.rows_per_step, LANES)
+        if lanes % ranks.size > 0:
+            lanes = math.lcm(lanes, ranks.size)
+        if self.rows_per_step % lanes > 0:
+            lanes = ranks.size
         self.positions = [BEGINNING] * lanes  # kept up to date for the own ones
         self.steps_per_epoch = config.max_steps  # as Trainer counts a stream: one epoch in all
         self.text_digest = _digest(config)
@@ -120,7 +121,7 @@ class StreamLoader:
         """Yield the own rows of one step after the other, (own rows, T, 2), and keep the positions
         after them."""
         own = self._own_lanes()
-        cores = os.cpu_count() or 1
+        cores = max(1, (os.cpu_count() or 1) // self.ranks.launch.local_size)
         workers = max(n for n in range(1, cores + 1) if len(own) % n == 0)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
         self.received = iter(DataLoader(  # yields from worker 0, 1, 2, ..., 0, 1, 2, ...
@@ -213,6 +214,7 @@ def _live_as_long_as_the_parent(worker: int) -> None:
     """Leave signals to the whole group, from a terminal or torchrun, to the process that trains:
     it has to finish its step. And die when that dies: its open lock and sockets are here too."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the DataLoader ends a worker
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

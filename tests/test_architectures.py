@@ -15,8 +15,9 @@ from transformers import AutoModelForMaskedLM, FillMaskPipeline
 from mlm_scratch.data import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
-from mlm_scratch.model import MaskedLM, masked_lm_loss, sparse_head_works
+from mlm_scratch.model import MaskedLM, masked_lm_loss
 from mlm_scratch.precision import Precision
+from mlm_scratch.probe import sparse_head_works
 from mlm_scratch.recipes import TUTORIAL
 from tests.tiny import SENTENCES, byte_level_tokenizer
 

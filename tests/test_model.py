@@ -7,7 +7,8 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertModel
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
-from mlm_scratch.model import MaskedLM, masked_lm_loss, sparse_head_works
+from mlm_scratch.model import MaskedLM, masked_lm_loss
+from mlm_scratch.probe import sparse_head_works
 from mlm_scratch.small_model import small_modernbert, train_tokenizer
 from tests.tiny import SENTENCES, byte_level_tokenizer, roberta, save_roberta, wordpiece_tokenizer
 

@@ -24,11 +24,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model without dropout, and 60 documents of different lengths. 45 of them are to train on:
-    with 16 rows in a step the last one of an epoch has 13, which 2 and 4 cannot share evenly."""
+    """A model without dropout, and 54 documents of different lengths. 41 of them are to train on:
+    with 16 rows in a step the last one of an epoch has 9, of which the last of 4 gets none."""
     directory = tmp_path_factory.mktemp("files")
     save_roberta(directory / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    texts = [f"{i} {text * (1 + i % 3)}" for i in range(10) for text in SENTENCES]
+    texts = [f"{i} {text * (1 + i % 3)}" for i in range(9) for text in SENTENCES]
     (directory / "a.txt").write_text("\n".join(texts))
     return directory
 
@@ -115,6 +115,7 @@ def test_any_number_of_processes_has_the_same_loss_curve(
     assert_same_curve(alone, "run")
     assert f"steps 0 to 9, {processes} processes" in out and out.count("run: ") == 1
     assert {path.name for path in Path("run").iterdir()} == {path.name for path in alone.iterdir()}
+    assert len(list(Path("run/logs").iterdir())) == 1  # one of them writes
 
 
 def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):
@@ -122,8 +123,8 @@ def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):
     code, _, err = finish(launch(2, config(files, output_dir="run", batch_size=8)))
     assert code == 0, err
     for processes, step, words in (
-        (1, 3, "1 processes now, not 2, each with batch_size 8 and accumulate 2"),
-        (4, 6, "4 processes now, not 1, each with batch_size 4 and accumulate 1"),
+        (1, 3, "begun by 2 processes, now 1, each with batch_size 8 and accumulate 2"),
+        (4, 6, "begun by 2 processes, now 4, each with batch_size 4 and accumulate 1"),
     ):
         forget_after(step, run)
         code, out, err = finish(launch(processes, "--resume", "--output-dir", run))
@@ -166,9 +167,9 @@ def test_a_signal_to_one_process_saves_once(files):
     os.kill(rank(1, process), signal.SIGTERM)
     code, out, err = finish(process)
     assert code != 0 and out.count("stopped; go on with: ") == 1
-    off_schedule = [path for path in checkpoints(Path("run")) if step_of(path) % 30]
-    assert len(off_schedule) <= 1
-    assert all(find_fault(path) is None for path in checkpoints(Path("run")))
+    newest, *others = checkpoints(Path("run"))
+    assert step_of(newest) == read_metrics(Path("run"))[-1]["step"]  # where both stopped
+    assert not any(step_of(path) % 30 for path in others) and find_fault(newest) is None
     whole = train(dataclasses.replace(settings, batch_size=16, output_dir="whole"))
     code, _, err = finish(launch(2, "--resume", "--output-dir", "run"))
     assert code == 0, err
@@ -183,7 +184,7 @@ def test_a_process_that_dies_ends_the_others(files, killed):
     os.kill(rank(killed, process), signal.SIGKILL)
     code, _, err = finish(process)
     assert code != 0 and time.monotonic() - begin < 60
-    assert "error" in err and "another process of this run is gone" in err
+    assert "error" in err and "another process of this run is gone or out of reach" in err
     assert "mlm_scratch/loop.py" not in err  # no traceback of ours
 
 

@@ -70,20 +70,25 @@ def test_a_pass_has_every_document_of_a_lane_once_and_shuffled(files, small_buff
         assert texts[:10] != own[:10] and Counter(texts[:10]) == Counter(own[:10])
 
 
-@pytest.mark.parametrize("settings", [{}, {"whole_word": True, "accumulate": 2, "batch_size": 6}])
-@pytest.mark.parametrize("step", [10, 30])
-def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, settings, step):
-    settings = config(files, **settings)
+@pytest.mark.parametrize("names, settings", [
+    (["a.txt"], {"whole_word": True, "accumulate": 2, "batch_size": 6}),
+    (["b.jsonl"], {}),
+    ([f"part-{part}.txt" for part in range(16)], {}),
+])  # fmt: skip
+def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, names, settings):
+    paths = tuple(str(files / name) for name in names)
+    settings = config(files, train_file=paths, output_dir="stopped", **settings)
     whole = train(replace(settings, output_dir="whole"))
-    stopped = train(replace(settings, output_dir="stopped"))
-    forget_after(step, stopped)
-    assert_same_run(whole, train(replace(settings, output_dir="stopped"), resume=True))
+    run = train(settings)
+    for step in (50, 20):
+        forget_after(step, run)
+        assert_same_run(whole, train(settings, resume=True))
 
 
 def test_any_number_of_processes_streams_the_same(files):
-    alone = train(config(files, output_dir="alone"))
+    alone = train(config(files, output_dir="alone", batch_size=20, whole_word=True))
     for processes, step in ((2, 0), (1, 20), (4, 30)):
-        settings = config(files, output_dir="run", batch_size=16 // processes)
+        settings = config(files, output_dir="run", batch_size=20 // processes, whole_word=True)
         flags = [settings] if step == 0 else ["--resume", "--output-dir", "run"]
         forget_after(step, Path("run"))
         code, _, err = finish(launch(processes, *flags))

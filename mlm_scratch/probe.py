@@ -1,0 +1,43 @@
+"""What a model can do, found out by trying it on a small batch instead of by its name.
+
+So a model that nobody thought of is either right or takes the plain way.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mlm_scratch.model import MaskedLM
+
+
+@torch.no_grad()
+def sparse_head_works(model: MaskedLM) -> bool:
+    """Whether the head on chosen positions gives what the whole forward pass gives there.
+
+    Where it does not, the head runs on all positions.
+    """
+    input_ids, attention_mask = _small_batch(model)  # (B, T), (B, T)
+    positions = torch.tensor([1, 2, 7], device=input_ids.device)  # (N,)
+    was_training = model.training
+    model.eval()
+    try:
+        dense = model(input_ids, attention_mask, None)[positions]  # (N, V)
+        sparse = model(input_ids, attention_mask, positions)  # (N, V)
+        return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(was_training)
+
+
+def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
+    """Those that the loss never reaches, such as a pooler's."""
+    model(*_small_batch(model), None).sum().backward()
+    unused = [parameter for parameter in model.parameters() if parameter.grad is None]
+    model.zero_grad()
+    return unused
+
+
+def _small_batch(model: MaskedLM) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
+    input_ids = torch.arange(8, device=device).view(2, 4) % model.model.config.vocab_size  # (B, T)
+    return input_ids, torch.ones_like(input_ids)  # (B, T), (B, T)
