@@ -139,15 +139,16 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
             source, config.dataset, config.dataset_config, split=config.split,
             streaming=config.streaming,
         )
-    if not config.streaming and len(rows) == 0:
+    documents = Documents(rows, config.text_column, source)
+    # Of a stream the beginning is read, so that most of what can be wrong with it is told now.
+    if (next(documents.batches(), None) is None) if config.streaming else len(rows) == 0:
         raise UserError(f"{source} is empty: there is nothing to train on")
 
     if config.eval_file:
         held_out = _load_files(config.eval_file, "train", streaming=False)
-        evaluation = Documents(held_out, config.text_column, config.eval_file[0])
-        return Documents(rows, config.text_column, source), evaluation
+        return documents, Documents(held_out, config.text_column, config.eval_file[0])
     if config.eval_fraction == 0:
-        return Documents(rows, config.text_column, source), None
+        return documents, None
     if len(rows) < 2:
         raise UserError(
             f"{source} has one document, so none can be held out: use --eval-fraction 0 or "

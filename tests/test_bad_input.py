@@ -166,6 +166,11 @@ FLAGS = [
     (["--output-dir", "a_run"], "a_run already holds a run: add --resume"),
     (["--output-dir", "a_run", "--resume"], "run.json cannot be read"),
     (["--resume"], "there is no run in"),
+    (["--streaming"], "--streaming needs --max-steps"),
+    (["--streaming", "--max-steps", 3, "--grouping", "lines"], "use --grouping blocks"),
+    (["--streaming", "--max-steps", 3, "--eval-fraction", 0.1], "evaluate on an --eval-file"),
+    (["--streaming", "--max-steps", 3, "--split", "train[:9]"], "good.txt: ValueError: Bad split"),
+    (["--streaming", "--max-steps", 3, "--text-column", "body"], "has no column 'body'"),
     (["--speed", 3], "unrecognized arguments: --speed 3"),
     (["--epoch", 3], "unrecognized arguments: --epoch 3"),
 ]
@@ -259,6 +264,17 @@ def test_one_line_exit_code_2_and_nothing_half_made(
     assert err.rstrip().endswith(errors[0]) and "Traceback" not in err
     assert module is train or out == ""
     assert sorted(Path().rglob("*")) == before  # nothing half made, nothing run
+
+
+@pytest.mark.parametrize("file", [name for name, _ in FILES])
+def test_a_bad_file_that_is_streamed_is_one_line(models, call, file):
+    write_files()
+    code, _, err = call(
+        train, "--model", models / "good", "--train-file", file, "--streaming", "--max-steps", 99,
+        "--block-size", 16, "--device", "cpu",
+    )  # fmt: skip
+    errors = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in err, err
 
 
 def test_a_line_of_50_megabytes_is_a_document_like_any_other(models, call):
