@@ -121,7 +121,7 @@ def _open_report(t: Training, directory: Path) -> Report:
     shutil.rmtree(directory / MODEL, ignore_errors=True)  # after a resume it is final no longer
     if t.steps_done:
         t.remove_old_checkpoints(directory)  # where a kill came before it
-    write_run_json(t.config, directory, t.ranks)
+    write_run_json(t.config, directory, t.ranks.name)
     point_latest_to(directory)
     together = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
     print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}{together}", flush=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.launch import this_launch
-from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
 
 RUNS = Path("runs")
@@ -163,16 +162,16 @@ def run_of_launch(output_dir: str | None, launch: str) -> Path | None:
     return None
 
 
-def write_run_json(config: TrainConfig, run_dir: Path, ranks: Ranks) -> None:
-    """Note what the run was told and what it runs on. How it was shared out among processes stays
-    as it was begun."""
+def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
+    """Note what the run was told, what it runs on and in which launch of processes. How it is
+    shared out among processes stays as it was begun."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
-        "processes": ranks.size,
-        "launch": ranks.name,
+        "processes": this_launch().size,
+        "launch": launch,
     }
     try:
         if (run_dir / RUN_JSON).exists():
