@@ -17,7 +17,7 @@ from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.model import MaskedLM, masked_lm_loss
 from mlm_scratch.precision import Precision
-from mlm_scratch.probe import sparse_head_works
+from mlm_scratch.probe import sparse_head_works, unused_parameters
 from mlm_scratch.recipes import TUTORIAL
 from tests.tiny import SENTENCES, byte_level_tokenizer
 
@@ -110,6 +110,15 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
     largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_the_parameters_that_the_loss_never_reaches_are_known(model):
+    """DistributedDataParallel would wait for their gradients."""
+    unused = unused_parameters(MaskedLM(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    masked_lm_loss(model, *batch())[0].backward()
+    without = [parameter for parameter in model.parameters() if parameter.grad is None]
+    assert list(map(id, unused)) == list(map(id, without))
 
 
 def test_a_mask_of_ones_says_no_more_than_none(model):
