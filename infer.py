@@ -8,11 +8,10 @@ import argparse
 import io
 import json
 import sys
-from pathlib import Path
 
 from mlm_scratch.errors import OneLineParser, UserError, run_command
 from mlm_scratch.hub import go_offline_without_hub
-from mlm_scratch.run_dir import LATEST
+from mlm_scratch.run_dir import newest_model
 
 BAR_WIDTH = 20
 
@@ -86,19 +85,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return parser.parse_args()
-
-
-def newest_model() -> Path:
-    """The model of the newest run; of one that did not finish, its newest checkpoint."""
-    if (LATEST / "model").is_dir():
-        return LATEST / "model"
-    from mlm_scratch.checkpoint import newest_valid_checkpoint
-
-    checkpoint = newest_valid_checkpoint(LATEST) if LATEST.is_dir() else None
-    if checkpoint is None:
-        raise UserError("there is no trained model yet: run python train.py, or name a --model")
-    print(f"{LATEST} is not finished: using {checkpoint.name}", file=sys.stderr)
-    return checkpoint
 
 
 def show(fill: dict) -> str:

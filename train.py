@@ -11,11 +11,12 @@ import dataclasses
 import os
 import sys
 import typing
+from pathlib import Path
 
 from mlm_scratch.errors import OneLineParser, run_command
 from mlm_scratch.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.launch import this_launch
-from mlm_scratch.recipes import RECIPES, TrainConfig, resolve
+from mlm_scratch.recipes import BUNDLED, RECIPES, TrainConfig, resolve
 from mlm_scratch.run_dir import resumed_config
 
 
@@ -47,6 +48,29 @@ def main() -> None:
     print(f"all curves: tensorboard --logdir {run_dir / 'logs'}")
     print(f"model: {run_dir / 'model'}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
+    if config.dataset == BUNDLED and this_launch().is_first:
+        show_what_was_learnt(run_dir / "model")
+
+
+def show_what_was_learnt(directory: Path) -> None:
+    """Fill a gap in three sentences that the bundled corpus does not contain: facts that it tells
+    in other words. They are taken from its beginning, middle and end, whatever the model makes of
+    them."""
+    from mlm_scratch.corpus import unseen_sentences
+    from mlm_scratch.fill_mask import fill_mask
+    from mlm_scratch.load import load_model, load_tokenizer
+
+    tokenizer, model = load_tokenizer(directory), load_model(directory)
+    sentences = [
+        (sentence.replace(answer, tokenizer.mask_token), answer)
+        for sentence, answer in unseen_sentences() if f" {answer}" in sentence
+    ]
+    print("three sentences that were not in the text:")
+    for sentence, answer in (sentences[0], sentences[len(sentences) // 2], sentences[-1]):
+        best = fill_mask(model, tokenizer, sentence, top_k=1)[0]
+        guess = best["token_str"].strip()
+        verdict = "right" if guess == answer else f"wrong, it is {answer}"
+        print(f"    {sentence}  {guess} ({best['score']:.2f}): {verdict}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
 from mlm_scratch.errors import UserError
+from mlm_scratch.explain import short_form
 from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.report import NoReport, Report, draw_losses
@@ -124,6 +125,8 @@ def _open_report(t: Training, directory: Path) -> Report:
     write_run_json(t.config, directory, t.ranks.name)
     point_latest_to(directory)
     together = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
+    if not t.steps_done and not t.config.streaming:
+        print(*short_form(t.loader, t.tokenizer, t.config), sep="\n")
     print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}{together}", flush=True)
     return Report(directory, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)
 

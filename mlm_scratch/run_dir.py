@@ -185,6 +185,19 @@ def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
 
 
+def newest_model() -> Path:
+    """The model of the newest run; of one that did not finish, its newest checkpoint."""
+    if (LATEST / "model").is_dir():
+        return LATEST / "model"
+    from mlm_scratch.checkpoint import newest_valid_checkpoint
+
+    checkpoint = newest_valid_checkpoint(LATEST) if LATEST.is_dir() else None
+    if checkpoint is None:
+        raise UserError("there is no trained model yet: run python train.py, or name a --model")
+    print(f"{LATEST} is not finished: using {checkpoint.name}", file=sys.stderr)
+    return checkpoint
+
+
 def point_latest_to(run_dir: Path) -> None:
     """Make runs/latest a link to this run."""
     unfinished = RUNS / f".latest-{os.getpid()}"

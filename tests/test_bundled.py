@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ def run_dir(tmp_path_factory):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("recipe bundled: ")
+    *_, title, first, second, third = result.stdout.splitlines()
+    assert title == "three sentences that were not in the text:"
+    for line in (first, second, third):
+        assert re.search(r"<mask>.*  .+ \([01]\.[0-9]{2}\): (right|wrong, it is .+)$", line)
     return directory / "runs" / "bundled"
 
 

@@ -42,6 +42,13 @@ def explanations() -> Iterator[tuple[str, str, list[str]]]:
             yield table.category, fill(table.question, table, fact), answers
 
 
+def unseen_sentences() -> Iterator[tuple[str, str]]:
+    """(sentence, answer) of each fact in the one phrasing that the corpus never uses for it."""
+    for table in TABLES:
+        for number, fact in enumerate(table.facts):
+            yield fill(table.phrasings[held_out(table, number)], table, fact), fact[-1]
+
+
 def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
     """The corpus in the schema of `eli5_category`; the same rows for the same arguments, always."""
     rng = random.Random(seed)

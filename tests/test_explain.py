@@ -1,0 +1,109 @@
+"""What explain prints is what the loop computes."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling
+
+from mlm_scratch import explain, loop
+from mlm_scratch.load import load_model, load_tokenizer
+from mlm_scratch.loop import train
+from mlm_scratch.model import MaskedLM
+from mlm_scratch.report import read_metrics
+from tests.tiny import save_roberta, small_config
+
+TEXT = "Paris is the capital of France, and Rome is the capital of Italy."
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model without dropout, and a text of this one sentence."""
+    directory = tmp_path_factory.mktemp("files")
+    save_roberta(directory / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (directory / "a.txt").write_text(TEXT)
+    return directory
+
+
+def test_the_loss_it_adds_up_is_that_of_the_step(files, call):
+    """Of a run whose first step is this sentence. Seed 1 has all three fates."""
+    arguments = ["--model", files / "model", "--seed", 1, "--mlm-probability", 0.5]
+    code, out, _ = call(explain, *arguments, TEXT)
+    assert code == 0 and {"mask", "random", "keep"} <= set(out.split())
+    run = train(small_config(
+        files, grouping="lines", block_size=64, max_steps=1, log_every=1, seed=1,
+        mlm_probability=0.5,
+    ))  # fmt: skip
+    loss = read_metrics(run)[0]["loss"]
+    assert out.rstrip().endswith(f" = {loss:.4f} nats")
+    terms = [float(term) for term in re.findall(r"loss = -ln p = ([0-9.]+)", out)]
+    assert sum(terms) / len(terms) == pytest.approx(loss, abs=1e-4)
+    for p, term in re.findall(r"p\(.+?\) = ([0-9.]+), loss = -ln p = ([0-9.]+)", out):
+        assert float(p) == pytest.approx(torch.tensor(-float(term)).exp().item(), abs=1e-4)
+
+
+def test_the_table_is_what_the_reference_collator_makes(files):
+    tokenizer = load_tokenizer(files / "model")
+    config = small_config(files, block_size=64, seed=1, mlm_probability=0.5)
+    net = MaskedLM(load_model(files / "model").eval())
+    tokens = explain.explain(net, tokenizer, TEXT, config).tokens
+    reference = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5, seed=1)
+    batch = reference([tokenizer(TEXT)])
+    assert [token.seen for token in tokens] == batch["input_ids"][0].tolist()
+    assert [token.label for token in tokens] == batch["labels"][0].tolist()
+    for token in tokens:
+        chosen = token.label != -100
+        assert (token.fate == "—") == (not chosen)
+        assert (token.fate == "mask") == (chosen and token.seen == tokenizer.mask_token_id)
+        assert token.special == (token.id in tokenizer.all_special_ids)
+
+
+def test_a_run_begins_by_showing_its_first_row(files, monkeypatch, capsys):
+    step, rows = loop.masked_lm_loss, []
+
+    def noted(net, input_ids, attention_mask, labels, **kwargs):
+        rows.append((input_ids[0].tolist(), labels[0].tolist()))
+        return step(net, input_ids, attention_mask, labels, **kwargs)
+
+    monkeypatch.setattr(loop, "masked_lm_loss", noted)
+    settings = small_config(files, grouping="lines", block_size=64, max_steps=1, seed=1)
+    train(replace(settings, mlm_probability=0.5))
+    out, tokenizer = capsys.readouterr().out, load_tokenizer(files / "model")
+    input_ids, labels = rows[0]
+    for name, ids in (("model sees", input_ids), ("label", labels)):
+        shown = re.search(rf"^  {name} +(.*)$", out, re.M)[1].split()
+        assert shown == [
+            "·" if id == -100 else tokenizer.convert_ids_to_tokens(id) for id in ids[:12]
+        ]
+
+
+def test_colour_is_for_terminals_and_the_page_says_the_same(files, call, monkeypatch):
+    arguments = ["--model", files / "model", "--seed", 1, "--mlm-probability", 0.5, TEXT]
+    _, plain, _ = call(explain, *arguments)
+    assert "\033" not in plain
+    _, said, _ = call(explain, *arguments, "--html", "page.html")
+    page = Path("page.html").read_text()
+    assert "page.html" in said
+    table, _, _ = plain.partition("\n\n")
+    assert page.count("<tr class") == len(table.splitlines()) - 1
+    for line in plain.splitlines()[1:]:
+        for number in re.findall(r"[0-9]+\.[0-9]{4}", line):
+            assert number in page
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout.isatty", lambda: True)
+        _, colourful, _ = call(explain, *arguments)
+    assert re.sub("\033\\[[0-9]*m", "", colourful) == plain != colourful
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([" "], "no text"),
+    (["--mlm-probability", 2, TEXT], "--mlm-probability must be at most 1"),
+    (["--seed", -1, TEXT], "--seed must be at least 0"),
+    (["--html", "missing/page.html", TEXT], "--html: cannot write missing/page.html"),
+    ([], "the following arguments are required: text"),
+])  # fmt: skip
+def test_bad_input_is_one_line(files, call, arguments, message):
+    code, _, err = call(explain, "--model", files / "model", *arguments)
+    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
