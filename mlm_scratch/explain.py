@@ -197,7 +197,8 @@ def short_form(
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }
-h1 { font-size: 1.3rem } code, td { font-family: ui-monospace, monospace; font-size: .9rem }
+h1 { font-size: 1.3rem } h2 { font-size: 1.1rem; margin: 1.2rem 0 0 } p { margin: .2rem 0 }
+code, td { font-family: ui-monospace, monospace; font-size: .9rem }
 table { border-collapse: collapse } th, td { text-align: left; padding: .2rem .8rem .2rem 0 }
 th { border-bottom: 2px solid #ccc } tr.mask td { background: #fff1b8 }
 tr.random td { background: #ffd8d2 } tr.keep td { background: #d3f0f7 }
@@ -245,7 +246,10 @@ def main() -> None:
     )
     parser.add_argument("text", help="a sentence")
     parser.add_argument("--model", metavar="ID_OR_DIR", help="default: the newest run's model")
-    parser.add_argument("--seed", type=int, metavar="N", help="other masks (42)")
+    parser.add_argument(
+        "--seed", type=int, metavar="N",
+        help="other masks; default: the first from 42 on that chooses a token",
+    )
     parser.add_argument("--mlm-probability", type=float, metavar="X", help="share to mask (0.15)")
     parser.add_argument("--whole-word", action="store_true", default=None, help="mask whole words")
     parser.add_argument("--html", metavar="FILE", help="write a page for a browser instead")
@@ -260,7 +264,12 @@ def main() -> None:
     tokenizer, model = load_tokenizer(model), load_model(model).eval()
     check_fit(tokenizer, model, config.model)
     config = replace(config, block_size=min(config.block_size, longest_input(tokenizer, model)))
-    explanation = explain(MaskedLM(model), tokenizer, text, config)
+    net = MaskedLM(model)
+    explanation = explain(net, tokenizer, text, config)
+    while not explanation.guesses and "seed" not in given and config.seed < TUTORIAL.seed + 20:
+        config = replace(config, seed=config.seed + 1)  # 15 % of a short sentence may be nothing
+        explanation = explain(net, tokenizer, text, config)
+    print(f"seed {config.seed}, {config.mlm_probability:.0%} of the tokens to be chosen")
     if page is None:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(*as_text(explanation, tokenizer, colour), sep="\n")
