@@ -2,28 +2,34 @@
 
     python infer.py "The Milky Way is a <mask> galaxy."
     python infer.py --top-k 3 --json < texts.txt
+    python infer.py --joint "The capital of <mask> is <mask>."
+    python infer.py --score "The Milky Way is a spiral galaxy."
 """
 
 import argparse
 import io
 import json
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from mlm_scratch.errors import OneLineParser, UserError, run_command
 from mlm_scratch.hub import go_offline_without_hub
 from mlm_scratch.run_dir import newest_model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 BAR_WIDTH = 20
+BATCH = 8  # texts at once
 
 
 def main() -> None:
-    """Parse, load, fill, print."""
+    """Parse, load, then for each text fill or score, and print."""
     arguments = parse_arguments()
-    texts = arguments.texts
-    if not texts and sys.stdin is not None and not sys.stdin.isatty():
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-        texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    texts = arguments.texts or read_texts()
     if not texts:
         raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
     model_name = arguments.model or newest_model()
@@ -42,26 +48,114 @@ def main() -> None:
     tokenizer, model = load_tokenizer(model_name), load_model(model_name).eval().to(device)
     check_fit(tokenizer, model, model_name)
     texts = [fill_mask.use_own_mask(tokenizer, text) for text in texts]
-    options = {"top_k": arguments.top_k, "targets": arguments.targets}
-    fills = fill_mask.fill_mask(model, tokenizer, texts, **options)
-
     if arguments.json:
+        fills = fill_mask.fill_mask(
+            model, tokenizer, texts, top_k=arguments.top_k, targets=arguments.targets,
+            truncate=arguments.truncate,
+        )
         print(json.dumps(fills, ensure_ascii=False, indent=2))
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the bar's █ shows a ?
+    show = {"score": show_score, "joint": show_joint}.get(arguments.what, show_fills)
+    for batch in batches(texts, 1 if arguments.targets or not tokenizer.pad_token else BATCH):
+        for line in show(model, tokenizer, batch, arguments):
+            print(line)
+
+
+def read_texts() -> list[str]:
+    """One text per line of standard input; none where that is a terminal."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return []
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+
+
+def batches(texts: list[str], size: int) -> Iterator[list[str]]:
+    """Yield them `size` at a time; from two batches on with a progress bar."""
+    from mlm_scratch.progress import progress_bar
+
+    several = len(texts) > size
+    with progress_bar(total=len(texts), unit=" texts", leave=False, disable=not several) as bar:
+        for start in range(0, len(texts), size):
+            batch = texts[start : start + size]
+            with bar.external_write_mode() if several else nullcontext():
+                yield batch
+            bar.update(len(batch))
+
+
+def show_fills(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    arguments: argparse.Namespace,
+) -> Iterator[str]:
+    """The fills of each text; of one named on the command line also the way to them."""
+    from mlm_scratch import fill_mask
+
+    targets = arguments.targets
+    if targets:
+        targets = fill_mask.with_leading_space(tokenizer, targets, *texts)
+    fills = fill_mask.fill_mask(
+        model, tokenizer, texts, top_k=arguments.top_k, targets=targets,
+        truncate=arguments.truncate, batch_size=len(texts),
+    )
     for text, text_fills in zip(texts, fills if len(texts) > 1 else [fills], strict=True):
-        print(text)
+        yield text
         several = isinstance(text_fills[0], list)
         for number, mask_fills in enumerate(text_fills if several else [text_fills], start=1):
             if several:
-                print(f"  mask {number}")
-            for fill in mask_fills:
-                print("  " + show(fill))
-        print("\nstep by step")
-        for line in fill_mask.walk_through(model, tokenizer, text, arguments.top_k):
-            print("  " + line)
-        print()
+                yield f"  mask {number}"
+            yield from (f"  {line_of(fill)}" for fill in mask_fills)
+        if arguments.texts:
+            yield "\nstep by step"
+            for line in fill_mask.walk_through(model, tokenizer, text, arguments.top_k):
+                yield f"  {line}"
+        yield ""
+
+
+def show_joint(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    arguments: argparse.Namespace,
+) -> Iterator[str]:
+    """All masks of each text filled together, in both orders."""
+    from mlm_scratch.joint import ORDERS, fill_jointly
+
+    for text in texts:
+        yield text
+        for order in ORDERS:
+            yield f"  {order}"
+            fills = fill_jointly(
+                model, tokenizer, text, order, top_k=arguments.top_k, truncate=arguments.truncate
+            )
+            for fill in fills:
+                words = " ".join(repr(tokenizer.decode([token])) for token in fill.tokens)
+                yield f"  {fill.score:<9.4g} {words}  {fill.sequence}"
+        yield ""
+
+
+def show_score(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    arguments: argparse.Namespace,
+) -> Iterator[str]:
+    """Pseudo-log-likelihood and pseudo-perplexity of each text, and what each token gives."""
+    from mlm_scratch.joint import score_sentence
+
+    for text in texts:
+        scores = score_sentence(model, tokenizer, text, arguments.truncate)
+        total = sum(score for _, score in scores)
+        yield text
+        for token, score in scores:
+            yield f"  {score:9.4f}  p {math.exp(score):.4f}  {tokenizer.decode([token])!r}"
+        yield (
+            f"  {total:9.4f}  pseudo-log-likelihood of {len(scores)} tokens, pseudo-perplexity "
+            f"{math.exp(min(-total / len(scores), 700)):.4g}\n"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,16 +172,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", metavar="ID_OR_DIR", help="default: the newest run's model")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fills per mask (5)")
     parser.add_argument(
-        "--targets", nargs="+", metavar="TOKEN", help="consider only these tokens of the vocabulary"
+        "--targets", nargs="+", metavar="TOKEN",
+        help="consider only these tokens of the vocabulary; a word after a space is taken with it, "
+        "except with --json, which does as the pipeline",
     )
     parser.add_argument(
+        "--truncate", action="store_true", help="cut texts that are too long for the model"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--joint", dest="what", action="store_const", const="joint",
+        help="fill several masks together, by beam search: words that go with each other",
+    )
+    what.add_argument(
+        "--score", dest="what", action="store_const", const="score",
+        help="how probable each token of a text without masks is, given all the others",
+    )
+    what.add_argument(
         "--json", action="store_true", help='print what pipeline("fill-mask") returns, nothing else'
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return parser.parse_args()
 
 
-def show(fill: dict) -> str:
+def line_of(fill: dict) -> str:
     """One fill on one line: score, bar, token, sentence."""
     bar = "█" * round(fill["score"] * BAR_WIDTH)
     return f"{fill['score']:<9.4g} {bar:<{BAR_WIDTH}} {fill['token_str']!r:<14} {fill['sequence']}"

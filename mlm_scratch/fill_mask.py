@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import longest_input
@@ -28,6 +28,8 @@ def fill_mask(
     *,
     top_k: int = 5,
     targets: str | list[str] | None = None,
+    truncate: bool = False,
+    batch_size: int = 1,
 ) -> list:
     """Fill the masked tokens of one or several texts, each mask by itself.
 
@@ -36,6 +38,8 @@ def fill_mask(
         texts: text with one or more of the tokenizer's mask tokens, or a list of such.
         top_k: fills per mask, the most probable first; no more than there are targets.
         targets: consider these tokens only. Their scores stay shares of the whole vocabulary.
+        truncate: cut texts that are too long, instead of raising UserError.
+        batch_size: texts in one forward pass. Padding changes the last digits of the scores.
 
     Returns:
         for a text with one mask: a list of {"score", "token", "token_str", "sequence"}; with
@@ -52,18 +56,22 @@ def fill_mask(
         raise UserError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
     target_ids = None if targets is None else find_target_ids(tokenizer, targets)
     texts = [texts] if isinstance(texts, str) else texts
-    fills = [_fill_one(model, tokenizer, text, top_k, target_ids) for text in texts]
+    fills = []
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        for prediction in predict(model, tokenizer, batch, truncate):
+            fills.append(_fill_one(tokenizer, *prediction, top_k, target_ids))
     return fills[0] if len(fills) == 1 else fills
 
 
 def _fill_one(
-    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    input_ids: Tensor,
+    mask_index: Tensor,
+    probabilities: Tensor,
     top_k: int,
     target_ids: Tensor | None,
 ) -> list:
-    input_ids, mask_index, probabilities = predict(model, tokenizer, text)  # (T,), (M,), (M, V)
     if target_ids is not None:
         probabilities = probabilities[:, target_ids]  # (M, targets), not renormalised
         top_k = min(top_k, len(target_ids))
@@ -101,38 +109,68 @@ def fill_in(
 
 @torch.no_grad()
 def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass over a text: its ids (T,), where its M masks are (M,), and the probability
-    of every token of the vocabulary at each of them (M, V). All on the CPU.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    truncate: bool = False,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """One forward pass over some texts. For each: its ids (T,), where its M masks are (M,), and the
+    probability of every token of the vocabulary at each of them (M, V). All on the CPU.
 
     Raises UserError for a text without a mask, too long or not UTF-8, and for damaged weights.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"the text {_shortened(text)} is not UTF-8") from error
-    inputs = tokenizer(text, return_tensors="pt", verbose=False)
-    input_ids = inputs["input_ids"][0]  # (T,)
-    mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
-    if len(mask_index) == 0:
-        raise UserError(f"no {tokenizer.mask_token} in the text {_shortened(text)}: mark the gap")
-    limit = longest_input(tokenizer, model)
-    if len(input_ids) > limit:
-        raise UserError(
-            f"the text {_shortened(text)} has {len(input_ids)} tokens, the model takes {limit}: "
-            "shorten it"
-        )
+    inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
     was_training = model.training
     model.eval()  # no dropout
     try:
-        logits = model(**inputs.to(model.device)).logits[0].cpu()  # (T, V)
+        logits = model(**inputs.to(model.device)).logits.cpu()  # (B, T, V)
     finally:
         model.train(was_training)
-    probabilities = logits[mask_index].softmax(dim=-1)  # (M, V)
-    if not probabilities.isfinite().all():
-        raise UserError("the model answers with NaN: its weights are damaged, choose another")
-    return input_ids, mask_index, probabilities
+    inputs = inputs.to("cpu")
+    predictions = []
+    for number, text in enumerate(texts):
+        is_token = inputs["attention_mask"][number].bool()  # (T,), false at padding
+        input_ids = inputs["input_ids"][number][is_token]  # (T,), its own
+        mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
+        if len(mask_index) == 0:
+            raise UserError(
+                f"no {tokenizer.mask_token} in the text {_shortened(text)}: mark the gap"
+            )
+        probabilities = logits[number][is_token][mask_index].softmax(dim=-1)  # (M, V)
+        if not probabilities.isfinite().all():
+            raise UserError("the model answers with NaN: its weights are damaged, choose another")
+        predictions.append((input_ids, mask_index, probabilities))
+    return predictions
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    truncate: bool = False,
+) -> BatchEncoding:
+    """What the model is given for some texts, padded to the longest: (B, T) tensors.
+
+    Raises UserError for a text that is too long (unless it is to be cut) or not UTF-8.
+    """
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text {_shortened(text)} is not UTF-8") from error
+    limit = longest_input(tokenizer, model)
+    cut = {"truncation": True, "max_length": limit} if truncate else {}
+    inputs = tokenizer(
+        texts, padding=len(texts) > 1, return_attention_mask=True, return_tensors="pt",
+        verbose=False, **cut,
+    )  # fmt: skip
+    for text, length in zip(texts, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
+        if length > limit:
+            raise UserError(
+                f"the text {_shortened(text)} has {length} tokens, the model takes {limit}: "
+                "shorten it, or cut it with --truncate"
+            )
+    return inputs
 
 
 def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
@@ -157,6 +195,24 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
     return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties
 
 
+def with_leading_space(
+    tokenizer: PreTrainedTokenizerBase, targets: list[str], text: str
+) -> list[str]:
+    """The targets as they are written at the masks of `text`: after a space, byte-level BPE has
+    " pizza" for a token where "pizza" is none, and means another one by "the" than by " the"."""
+    start, *rest = text.split(tokenizer.mask_token)
+    after_space = all(part.endswith(" ") for part in (start, *rest[:-1]))
+    if not after_space:
+        return targets
+    tokens_of = {
+        target: tokenizer(f" {target}", add_special_tokens=False)["input_ids"] for target in targets
+    }
+    return [
+        f" {target}" if target[:1].strip() and len(tokens) == 1 else target
+        for target, tokens in tokens_of.items()
+    ]
+
+
 def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Write every <mask> and [MASK] in `text` the way this tokenizer does."""
     return MASK_SPELLINGS.sub(lambda match: tokenizer.mask_token, text)
@@ -166,7 +222,8 @@ def walk_through(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int = 5
 ) -> Iterable[str]:
     """Yield the lines of the same computation step by step, with the values on the way."""
-    input_ids, mask_index, probabilities = predict(model, tokenizer, text)  # (T,), (M,), (M, V)
+    (prediction,) = predict(model, tokenizer, [text], truncate=True)
+    input_ids, mask_index, probabilities = prediction  # (T,), (M,), (M, V)
     yield f"input_ids   {input_ids.tolist()}"
     yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids)}"
     yield f"mask index  {mask_index.tolist()}"

@@ -12,4 +12,5 @@ def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
     """A tqdm bar; in a log file, where every refresh is a line that stays, one every 15 seconds.
     Of several processes only the first shows its bars."""
     interval = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(*args, mininterval=interval, disable=not this_launch().is_first, **kwargs)
+    disable = kwargs.pop("disable", False) or not this_launch().is_first
+    return tqdm(*args, mininterval=interval, disable=disable, **kwargs)

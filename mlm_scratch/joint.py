@@ -1,0 +1,133 @@
+"""Several masks filled together, and whole sentences scored: what one softmax per mask cannot do.
+
+The pipeline fills each mask as if it were the only one that may change, so "the <mask> of <mask>"
+gets two good words that need not go together. Here one mask is filled at a time, and the next is
+predicted with that word in its place. By the chain rule the product of these probabilities is that
+of all the words together:
+
+    p(a, b | rest) = p(a | rest) x p(b | a, rest)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm_scratch.errors import UserError
+from mlm_scratch.fill_mask import encode
+
+ORDERS = ("left to right", "most certain first")
+ROWS_AT_ONCE = 32
+
+
+class JointFill(NamedTuple):
+    """All masks of a text, filled."""
+
+    score: float  # the product of the probabilities
+    tokens: list[int]  # one per mask, in the order of the text
+    sequence: str
+
+
+@torch.no_grad()
+def fill_jointly(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    order: str,
+    *,
+    top_k: int = 5,
+    beams: int = 16,
+    truncate: bool = False,
+) -> list[JointFill]:
+    """Fill all masks of a text by beam search.
+
+    Args:
+        model: in eval mode.
+        order: one of ORDERS: which mask comes next. The most certain one is that whose best token
+            has the largest probability, in each beam by itself.
+        top_k: how many fills to return, the most probable first.
+        beams: how many partly filled texts are kept after each mask; top_k where that is more.
+
+    Raises UserError for a text without a mask, too long or not UTF-8.
+    """
+    input_ids = encode(model, tokenizer, [text], truncate)["input_ids"]  # (1, T)
+    masked = (input_ids[0] == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
+    if len(masked) == 0:
+        raise UserError(f"no {tokenizer.mask_token} in the text {text!r}: mark the gap")
+    scores = torch.zeros(1)  # (beams,) log probabilities
+    for _ in masked:
+        log_p = _log_probabilities(model, tokenizer, input_ids, masked)  # (beams, M, V)
+        still_masked = input_ids[:, masked] == tokenizer.mask_token_id  # (beams, M)
+        if order == "left to right":
+            chosen = still_masked.int().argmax(dim=1)  # (beams,) the first
+        else:
+            certainty = log_p.amax(dim=2).masked_fill(~still_masked, -math.inf)  # (beams, M)
+            chosen = certainty.argmax(dim=1)  # (beams,)
+        row = torch.arange(len(input_ids))  # (beams,)
+        candidates = scores[:, None] + log_p[row, chosen]  # (beams, V)
+        # Enough of them, since two beams may come to the same text in another order.
+        count = min(2 * max(beams, top_k), candidates.numel())
+        best, where = candidates.flatten().topk(count)  # (count,), (count,)
+        beam, token = where // candidates.shape[1], where % candidates.shape[1]
+        longer = input_ids[beam]  # (count, T)
+        longer[torch.arange(count), masked[chosen[beam]]] = token
+        new = _first_of_each(longer)[: max(beams, top_k)]
+        input_ids, scores = longer[new], best[new]
+    return [
+        JointFill(math.exp(score), ids[masked].tolist(),
+                  tokenizer.decode(ids, skip_special_tokens=True))
+        for ids, score in zip(input_ids[:top_k], scores[:top_k].tolist(), strict=True)
+    ]  # fmt: skip
+
+
+def _first_of_each(rows: Tensor) -> list[int]:
+    seen: dict[tuple[int, ...], int] = {}
+    for number, row in enumerate(rows.tolist()):
+        seen.setdefault(tuple(row), number)
+    return list(seen.values())
+
+
+def _log_probabilities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, at: Tensor
+) -> Tensor:
+    """(B, T) ids -> (B, M, V) at the M columns `at`. A mask is no answer to a mask."""
+    parts = []
+    for rows in input_ids.split(ROWS_AT_ONCE):
+        logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
+        parts.append(logits[:, at.to(logits.device)].float().cpu())  # (rows, M, V)
+    log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
+    log_p[..., tokenizer.mask_token_id] = -math.inf
+    return log_p
+
+
+@torch.no_grad()
+def score_sentence(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    truncate: bool = False,
+) -> list[tuple[int, float]]:
+    """(id, log probability) of each token, special ones left out, when it alone is masked.
+
+    Their sum is the pseudo-log-likelihood of the sentence, and e to the power of minus their mean
+    its pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring). The model should be
+    in eval mode.
+
+    Raises UserError for a text without a token, too long or not UTF-8.
+    """
+    (input_ids,) = encode(model, tokenizer, [text], truncate)["input_ids"]  # (T,)
+    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # (T,)
+    at = (~special).nonzero().squeeze(1)  # (N,)
+    if len(at) == 0:
+        raise UserError(f"the text {text!r} has no token to score")
+    masked = input_ids.repeat(len(at), 1)  # (N, T), one row per token
+    masked[torch.arange(len(at)), at] = tokenizer.mask_token_id
+    scores: list[float] = []
+    for rows, columns in zip(masked.split(ROWS_AT_ONCE), at.split(ROWS_AT_ONCE), strict=True):
+        each = torch.arange(len(rows))  # (rows,)
+        logits = model(input_ids=rows.to(model.device)).logits.float().cpu()  # (rows, T, V)
+        log_p = logits[each, columns].log_softmax(dim=-1)  # (rows, V)
+        scores += log_p[each, input_ids[columns]].tolist()
+    return list(zip(input_ids[at].tolist(), scores, strict=True))

@@ -1,0 +1,130 @@
+"""Masks filled together and sentences scored, against every combination tried one by one."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import infer
+from mlm_scratch.joint import ORDERS, fill_jointly, score_sentence
+from tests.tiny import byte_level_tokenizer, roberta, save_roberta
+
+TOKENIZER = byte_level_tokenizer()
+TEXT = "The <mask> Way is a <mask> galaxy."
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Weights so large that words depend on each other."""
+    torch.manual_seed(0)
+    return roberta(TOKENIZER, initializer_range=0.3).eval()
+
+
+@torch.no_grad()
+def log_p(model, ids, position):
+    """(V,) log probabilities at one position; a mask is no answer."""
+    scores = model(input_ids=ids[None]).logits[0, position].log_softmax(dim=-1)  # (V,)
+    scores[TOKENIZER.mask_token_id] = -math.inf
+    return scores
+
+
+def test_left_to_right_finds_the_best_of_all_pairs_by_the_chain_rule(model):
+    ids = TOKENIZER(TEXT, return_tensors="pt")["input_ids"][0]  # (T,)
+    first, second = (ids == TOKENIZER.mask_token_id).nonzero().flatten().tolist()
+    of_first = log_p(model, ids, first)  # (V,)
+    pairs = torch.full((len(TOKENIZER), len(TOKENIZER)), -math.inf)  # (V, V)
+    for a in range(len(TOKENIZER)):
+        if a != TOKENIZER.mask_token_id:
+            filled = ids.clone()
+            filled[first] = a
+            pairs[a] = of_first[a] + log_p(model, filled, second)
+    best = pairs.flatten().topk(3)
+    fills = fill_jointly(model, TOKENIZER, TEXT, ORDERS[0], top_k=3, beams=len(TOKENIZER))
+    for fill, score, where in zip(fills, best.values, best.indices, strict=True):
+        assert fill.score == pytest.approx(score.exp().item(), rel=1e-4)
+        assert fill.tokens == [where.item() // len(TOKENIZER), where.item() % len(TOKENIZER)]
+    # One by one, as the pipeline does it, is not the same.
+    alone = [log_p(model, ids, position).argmax().item() for position in (first, second)]
+    assert alone != fills[0].tokens
+
+
+def test_most_certain_first_begins_with_the_surest_mask(model):
+    ids = TOKENIZER(TEXT, return_tensors="pt")["input_ids"][0]  # (T,)
+    masks = (ids == TOKENIZER.mask_token_id).nonzero().flatten().tolist()
+    surest = max(masks, key=lambda position: log_p(model, ids, position).max())
+    (other,) = set(masks) - {surest}
+    for fill in fill_jointly(model, TOKENIZER, TEXT, ORDERS[1], top_k=4):
+        token = dict(zip(masks, fill.tokens, strict=True))
+        filled = ids.clone()
+        filled[surest] = token[surest]
+        score = log_p(model, ids, surest)[token[surest]] + log_p(model, filled, other)[token[other]]
+        assert fill.score == pytest.approx(score.exp().item(), rel=1e-4)
+
+
+def test_a_score_masks_each_token_by_itself(model):
+    text = "Paris is the capital of France, and Rome is the capital of Italy."
+    ids = TOKENIZER(text, return_tensors="pt")["input_ids"][0]  # (T,)
+    scores = score_sentence(model, TOKENIZER, text)
+    assert [id for id, _ in scores] == ids[1:-1].tolist()
+    for position, (id, score) in enumerate(scores, start=1):
+        masked = ids.clone()
+        masked[position] = TOKENIZER.mask_token_id
+        assert score == pytest.approx(log_p(model, masked, position)[id].item(), rel=1e-4)
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A model for inputs of up to 64 tokens."""
+    torch.manual_seed(1)
+    return save_roberta(tmp_path_factory.mktemp("model"))
+
+
+def test_many_lines_give_what_each_gives_alone(directory, call):
+    lines = [f"{'very ' * (i % 4)}old <mask> {i}" for i in range(20)]
+    code, out, err = call(infer, "--model", directory, "--top-k", 2, stdin="\n".join(lines))
+    assert code == 0 and "texts" in err  # the bar
+    for line, fills in zip(lines, out.strip().split("\n\n"), strict=True):
+        _, alone, _ = call(infer, "--model", directory, "--top-k", 2, line)
+        alone, _, _ = alone.partition("\n\nstep by step")
+        for one, other in zip(fills.splitlines()[1:], alone.splitlines()[1:], strict=True):
+            (score, *words), (score_alone, *words_alone) = one.split(), other.split()
+            assert words == words_alone
+            assert float(score) == pytest.approx(float(score_alone), rel=1e-3)
+
+
+def test_a_target_after_a_space_is_taken_with_it_but_not_in_json(directory, call):
+    arguments = ["--model", directory, "The Milky Way <mask> a galaxy.", "--targets", "is"]
+    _, out, _ = call(infer, *arguments)
+    assert "' is'" in out.splitlines()[1]
+    _, out, _ = call(infer, *arguments, "--json")
+    assert json.loads(out)[0]["token_str"] == "is"
+    _, out, _ = call(infer, "--model", directory, "(<mask>) a galaxy.", "--targets", "is")
+    assert "'is'" in out.splitlines()[1]
+
+
+def test_a_long_text_is_cut_when_asked_to(directory, call):
+    text = "<mask> " + "galaxy " * 99
+    code, _, err = call(infer, "--model", directory, text)
+    assert code == 2 and "the model takes 64: shorten it, or cut it with --truncate" in err
+    for what in ([], ["--json"], ["--joint"], ["--score"]):
+        code, out, _ = call(infer, "--model", directory, "--truncate", *what, text)
+        assert code == 0 and out
+
+
+def test_joint_and_score_say_what_they_found(directory, call):
+    _, out, _ = call(infer, "--model", directory, "--joint", "--top-k", 2, TEXT)
+    for order in ORDERS:
+        assert len(out.split(f"  {order}\n")[1].splitlines()) >= 2
+    _, out, _ = call(infer, "--model", directory, "--score", "The Milky Way is a spiral galaxy.")
+    *tokens, total = out.splitlines()[1:-1]
+    scores = [float(line.split()[0]) for line in tokens]
+    assert float(total.split()[0]) == pytest.approx(sum(scores), abs=1e-2)
+    perplexity = math.exp(-sum(scores) / len(scores))
+    assert float(total.split()[-1]) == pytest.approx(perplexity, rel=1e-3)
+    for what, message in (("--joint", "mark the gap"), ("--score", "has no token to score")):
+        code, _, err = call(infer, "--model", directory, what, "")
+        assert code == 2 and message in err
