@@ -93,10 +93,11 @@ def show_fills(
 ) -> Iterator[str]:
     """The fills of each text; of one named on the command line also the way to them."""
     from mlm_scratch import fill_mask
+    from mlm_scratch.targets import with_leading_space
 
     targets = arguments.targets
     if targets:
-        targets = fill_mask.with_leading_space(tokenizer, targets, *texts)
+        targets = with_leading_space(tokenizer, targets, *texts)
     fills = fill_mask.fill_mask(
         model, tokenizer, texts, top_k=arguments.top_k, targets=targets,
         truncate=arguments.truncate, batch_size=len(texts),

@@ -179,7 +179,10 @@ def _load_files(
         raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
     kind = kinds.pop()
     # A byte-order mark is no text, and the word NA in a table is a word.
-    options = {"text": {"encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}.get(kind, {})
+    of_kind: dict[str, dict[str, Any]] = {
+        "text": {"encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}
+    }  # fmt: skip
+    options = of_kind.get(kind, {})
     with tempfile.TemporaryDirectory() as unpacked:
         if kind == "parquet":
             if streaming and any(path.endswith(".gz") for path in paths):

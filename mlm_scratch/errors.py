@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -15,7 +16,7 @@ class UserError(Exception):
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage text before an error: one line, exit code 2."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise what argparse would have printed (it still exits by itself after --help)."""
         raise UserError(f"{message} (see python {self.prog} --help)")
 

@@ -133,12 +133,17 @@ COLUMNS = ("position", "token", "id", "special", "chosen", "fate", "model sees",
 
 def cells(token: Token, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """One row of the table, a text for each of COLUMNS."""
-    name = tokenizer.convert_ids_to_tokens
     chosen = token.label != IGNORE
     return (
-        str(token.position), name(token.id), str(token.id), "yes" if token.special else "",
-        "yes" if chosen else "", token.fate, name(token.seen), name(token.label) if chosen else "",
+        str(token.position), name_of(token.id, tokenizer), str(token.id),
+        "yes" if token.special else "", "yes" if chosen else "", token.fate,
+        name_of(token.seen, tokenizer), name_of(token.label, tokenizer) if chosen else "",
     )  # fmt: skip
+
+
+def name_of(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token as it stands in the vocabulary."""
+    return str(tokenizer.convert_ids_to_tokens(id))
 
 
 def as_text(
@@ -153,10 +158,9 @@ def as_text(
         yield f"\033[{code}m{text.rstrip()}\033[0m" if colour and code else text.rstrip()
     yield ""
     for guess in explanation.guesses:
-        name = tokenizer.convert_ids_to_tokens
-        top = ", ".join(f"{name(id)} {probability:.4f}" for id, probability in guess.top)
+        top = ", ".join(f"{name_of(id, tokenizer)} {p:.4f}" for id, p in guess.top)
         yield (
-            f"position {guess.token.position}: p({name(guess.token.label)}) = "
+            f"position {guess.token.position}: p({name_of(guess.token.label, tokenizer)}) = "
             f"{guess.probability:.4f}, loss = -ln p = {guess.loss:.4f}; top {TOP}: {top}"
         )
     yield from sum_of_losses(explanation)
@@ -208,7 +212,7 @@ tr.random td { background: #ffd8d2 } tr.keep td { background: #d3f0f7 }
 
 def as_html(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The same as a page in one file."""
-    name, escape = tokenizer.convert_ids_to_tokens, html.escape
+    escape = html.escape
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     lines = "\n".join(
         f'<tr class="{token.fate if token.fate in COLOURS else ""}">'
@@ -217,10 +221,11 @@ def as_html(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: 
         for token in explanation.tokens
     )
     guesses = "\n".join(
-        f"<h2>position {guess.token.position}: <code>{escape(name(guess.token.label))}</code></h2>"
+        f"<h2>position {guess.token.position}: "
+        f"<code>{escape(name_of(guess.token.label, tokenizer))}</code></h2>"
         f"<p>p = {guess.probability:.4f}, loss = &minus;ln p = {guess.loss:.4f} nats</p><table>"
         + "".join(
-            f"<tr><td>{escape(name(id))}</td><td><span class=bar style='width:"
+            f"<tr><td>{escape(name_of(id, tokenizer))}</td><td><span class=bar style='width:"
             f"{20 * probability:.2f}rem'></span>{probability:.4f}</td></tr>"
             for id, probability in guess.top
         )

@@ -7,7 +7,6 @@ value on the way, as the second half of the tutorial does.
 """
 
 import re
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import longest_input
+from mlm_scratch.targets import find_target_ids
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
@@ -104,7 +104,7 @@ def fill_in(
         filled = filled[filled != tokenizer.pad_token_id]
     # Masks are special tokens: where several had to be filled, the others are to be seen.
     one_mask = (input_ids == tokenizer.mask_token_id).sum() == 1
-    return tokenizer.decode(filled, skip_special_tokens=bool(one_mask))
+    return str(tokenizer.decode(filled, skip_special_tokens=bool(one_mask)))
 
 
 @torch.no_grad()
@@ -173,46 +173,6 @@ def encode(
     return inputs
 
 
-def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
-    """The ids of the targets. One that is not in the vocabulary stands for its first piece, with a
-    warning: with a byte-level BPE, words inside a sentence are written with a leading space.
-
-    Raises UserError if no target is left.
-    """
-    vocabulary = tokenizer.get_vocab()
-    ids = []
-    for target in [targets] if isinstance(targets, str) else targets:
-        if target in vocabulary:
-            ids.append(vocabulary[target])
-            continue
-        pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
-        ids += pieces[:1]
-        if len(pieces) != 1:
-            instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
-            print(f"warning: target {target!r} is not one token, {instead}", file=sys.stderr)
-    if not ids:
-        raise UserError("none of the targets gives a token of the vocabulary")
-    return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties
-
-
-def with_leading_space(
-    tokenizer: PreTrainedTokenizerBase, targets: list[str], text: str
-) -> list[str]:
-    """The targets as they are written at the masks of `text`: after a space, byte-level BPE has
-    " pizza" for a token where "pizza" is none, and means another one by "the" than by " the"."""
-    start, *rest = text.split(tokenizer.mask_token)
-    after_space = all(part.endswith(" ") for part in (start, *rest[:-1]))
-    if not after_space:
-        return targets
-    tokens_of = {
-        target: tokenizer(f" {target}", add_special_tokens=False)["input_ids"] for target in targets
-    }
-    return [
-        f" {target}" if target[:1].strip() and len(tokens) == 1 else target
-        for target, tokens in tokens_of.items()
-    ]
-
-
 def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Write every <mask> and [MASK] in `text` the way this tokenizer does."""
     return MASK_SPELLINGS.sub(lambda match: tokenizer.mask_token, text)
@@ -225,7 +185,7 @@ def walk_through(
     (prediction,) = predict(model, tokenizer, [text], truncate=True)
     input_ids, mask_index, probabilities = prediction  # (T,), (M,), (M, V)
     yield f"input_ids   {input_ids.tolist()}"
-    yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids)}"
+    yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids.tolist())}"
     yield f"mask index  {mask_index.tolist()}"
     yield f"softmax     {tuple(probabilities.shape)}: for each mask, a probability per token"
     for index, row in zip(mask_index.tolist(), probabilities, strict=True):

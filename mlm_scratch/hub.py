@@ -41,7 +41,7 @@ def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
 
     if is_offline_mode():
         return False
-    answers = []
+    answers: list[object] = []
 
     def ask() -> None:
         try:

@@ -77,7 +77,7 @@ def fill_jointly(
         input_ids, scores = longer[new], best[new]
     return [
         JointFill(math.exp(score), ids[masked].tolist(),
-                  tokenizer.decode(ids, skip_special_tokens=True))
+                  str(tokenizer.decode(ids, skip_special_tokens=True)))
         for ids, score in zip(input_ids[:top_k], scores[:top_k].tolist(), strict=True)
     ]  # fmt: skip
 

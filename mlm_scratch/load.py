@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -92,7 +93,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: 
         raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"the tokenizer of {name} knows no words: its vocabulary file is missing")
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"

@@ -41,10 +41,12 @@ class Batch(NamedTuple):
         GPU works on this batch, the next one is prepared."""
         if device.type == "cpu":
             return self
-        return Batch(*(
-            None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in self
-        ))  # fmt: skip
+
+        def send(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        mask = None if self.attention_mask is None else send(self.attention_mask)
+        return Batch(send(self.input_ids), mask, send(self.labels), send(self.positions))
 
 
 class Collator:
@@ -73,10 +75,10 @@ class Collator:
         columns = np.arange(lengths.max())  # (T,)
         is_token = columns < lengths[:, None]  # (B, T)
         source = np.where(is_token, starts[:, None] + columns, 0)  # (B, T) where each token lies
-        input_ids = np.where(is_token, rows.tokens[source], self.pad_token_id)  # (B, T)
+        ids = np.where(is_token, rows.tokens[source], self.pad_token_id)  # (B, T)
 
-        special = torch.from_numpy(self.is_special[input_ids] | ~is_token)  # (B, T)
-        input_ids = torch.from_numpy(input_ids.astype(np.int64))  # (B, T)
+        special = torch.from_numpy(self.is_special[ids] | ~is_token)  # (B, T)
+        input_ids = torch.from_numpy(ids.astype(np.int64))  # (B, T)
         attention_mask = None
         if not is_token.all():
             attention_mask = torch.from_numpy(is_token.astype(np.int64))  # (B, T)
@@ -100,11 +102,12 @@ class Collator:
     def split(self, batch: Batch, own: range, rows: int) -> Iterator[Batch]:
         """Cut the rows `own` into batches of `rows` rows (the last may be shorter)."""
         for start in range(own.start, own.stop, rows):
-            stop = min(start + rows, own.stop)
-            input_ids, attention_mask, labels = (
-                None if tensor is None else tensor[start:stop] for tensor in batch[:3]
-            )  # (rows, T) each
-            yield Batch(input_ids, attention_mask, labels, self._positions(labels))
+            part, mask = slice(start, min(start + rows, own.stop)), batch.attention_mask
+            labels = batch.labels[part]  # (rows, T)
+            yield Batch(
+                batch.input_ids[part], None if mask is None else mask[part], labels,  # (rows, T)
+                self._positions(labels),
+            )  # fmt: skip
 
     def _positions(self, labels: Tensor) -> Tensor:
         """(B, T) labels -> (N,) indices of the tokens to predict, in the flattened batch.

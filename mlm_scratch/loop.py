@@ -16,7 +16,7 @@ from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
 from mlm_scratch.ranks import all_ranks
 from mlm_scratch.recipes import TrainConfig
-from mlm_scratch.report import Report
+from mlm_scratch.report import NoReport, Report
 from mlm_scratch.run import open_run
 from mlm_scratch.setup import LOST_STEPS_IN_A_ROW, Training
 from mlm_scratch.signals import StopRequest
@@ -36,7 +36,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     return run.directory
 
 
-def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> bool:
+def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopRequest) -> bool:
     """Run the optimizer steps that are left, or up to the first one after a stop signal.
 
     t: the run in memory. t.net is its model, with the head on masked positions only, and t.ranks
@@ -50,7 +50,7 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
         return True  # a signal cut that evaluation short once, and now again
     for step in t.loader.steps(t.steps_done, t.total_steps):
         # ---- One optimizer step
-        learning_rate = t.scheduler.get_last_lr()[0]
+        learning_rate = float(t.scheduler.get_last_lr()[0])
         step_loss = torch.zeros((), device=t.precision.device)  # () nats per masked token
         for batch in step.batches:
             # The last backward puts the mean over the processes in the place of their gradients.
@@ -91,12 +91,14 @@ def run_steps(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> 
     return False
 
 
-def evaluate_and_save(t: Training, run_dir: Path, report: Report, stop: StopRequest) -> bool:
+def evaluate_and_save(
+    t: Training, run_dir: Path, report: Report | NoReport, stop: StopRequest
+) -> bool:
     """Evaluate and save, where either is due. Returns whether a signal asks to stop now.
 
     An evaluation that a signal cuts short is done after the resume.
     """
-    if t.evaluation_is_due():
+    if t.eval_rows is not None and t.evaluation_is_due():
         metrics = evaluate(
             t.net, t.tokenizer, t.eval_rows, t.config, t.precision, t.ranks, stop
         )

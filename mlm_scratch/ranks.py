@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class Ranks:
     """
 
     launch: Launch
-    store: distributed.Store | None = None  # keys and values that all processes see
+    # Keys and values that all processes see
+    store: distributed.Store = field(default_factory=distributed.HashStore)
     name: str = ""  # of this launch and all its restarts, and of no other
 
     @property
@@ -97,10 +98,9 @@ class Ranks:
         if self.launch.local_rank > 0:
             self._wait_for([machine])
         yield
-        if self.size > 1:
-            for key in (machine, f"rank {self.rank}"):
-                self.store.set(key, "prepared")
-            self._wait_for([f"rank {rank}" for rank in range(self.size)])
+        for key in (machine, f"rank {self.rank}"):
+            self.store.set(key, "prepared")
+        self._wait_for([f"rank {rank}" for rank in range(self.size)])
 
     def _wait_for(self, keys: list[str]) -> None:
         while not self.store.check(keys):
@@ -113,7 +113,9 @@ class Ranks:
     def exchange_gradients(self, net: nn.Module, now: bool) -> AbstractContextManager:
         """For a forward pass of the wrapped `net`: whether its backward averages the gradients, and
         with them those that were only added up in this process before."""
-        return nullcontext() if now or self.size == 1 else net.no_sync()
+        if now or not isinstance(net, DistributedDataParallel):
+            return nullcontext()
+        return net.no_sync()
 
 
 ALONE = Ranks(Launch())
@@ -121,7 +123,7 @@ ALONE = Ranks(Launch())
 # Whoever lets go of a process group last waits for its threads. DistributedDataParallel does that
 # without giving away Python's lock, which a thread may need to finish: then both wait for ever. So
 # the last one is this list, when Python ends.
-_GROUPS: list[distributed.ProcessGroup] = []
+_GROUPS: list[distributed.ProcessGroup | None] = []
 
 
 @contextmanager

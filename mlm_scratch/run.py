@@ -13,6 +13,7 @@ from pathlib import Path
 from mlm_scratch.checkpoint import newest_valid_checkpoint, save_model
 from mlm_scratch.errors import UserError
 from mlm_scratch.explain import short_form
+from mlm_scratch.loader import Loader
 from mlm_scratch.ranks import Ranks
 from mlm_scratch.recipes import TrainConfig
 from mlm_scratch.report import NoReport, Report, draw_losses
@@ -28,6 +29,7 @@ from mlm_scratch.run_dir import (
 )
 from mlm_scratch.setup import Training, prepare
 from mlm_scratch.signals import StopRequest
+from mlm_scratch.stream import StreamLoader
 
 MODEL = "model"
 
@@ -80,7 +82,7 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
             t = prepare(config, None, ranks)
             # Only now that nothing is wrong with text and model:
             directory = ranks.first_decides(lambda: _new_directory(config, held))
-        if t.config.streaming:
+        if isinstance(t.loader, StreamLoader):
             held.callback(t.loader.close)
         with (
             _told_in_one_line(directory),
@@ -125,7 +127,7 @@ def _open_report(t: Training, directory: Path) -> Report:
     write_run_json(t.config, directory, t.ranks.name)
     point_latest_to(directory)
     together = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
-    if not t.steps_done and not t.config.streaming:
+    if not t.steps_done and isinstance(t.loader, Loader):
         print(*short_form(t.loader, t.tokenizer, t.config), sep="\n")
     print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}{together}", flush=True)
     return Report(directory, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -64,11 +63,14 @@ def make_run_dir(config: TrainConfig) -> Path:
             check_output_dir(config)
             return Path(config.output_dir)
         RUNS.mkdir(exist_ok=True)
-        for number in itertools.count(1):
+        number = 1
+        while True:
             run_dir = RUNS / (config.recipe if number == 1 else f"{config.recipe}-{number}")
-            with contextlib.suppress(FileExistsError):
+            try:
                 run_dir.mkdir()  # of two runs that start at once, one gets this name
                 return run_dir
+            except FileExistsError:
+                number += 1
     except OSError as error:
         raise UserError(f"cannot make the run directory: {error}") from error
 
@@ -103,7 +105,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     run_dir = Path(output_dir or LATEST).resolve() if output_dir is None else Path(output_dir)
     try:
         noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
-        saved = {
+        saved: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in noted["config"].items()
         }
@@ -166,7 +168,7 @@ def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
     """Note what the run was told, what it runs on and in which launch of processes. How it is
     shared out among processes stays as it was begun."""
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
-    content = {
+    content: dict[str, Any] = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},

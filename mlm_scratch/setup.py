@@ -63,8 +63,8 @@ class Training:
     def due(self, every: int, step: int | None = None) -> bool:
         """Whether something done every so many steps (0: only at the end) is due at `step`, or
         now."""
-        step = self.steps_done if step is None else step
-        return step == self.total_steps or (every > 0 and step % every == 0)
+        at = self.steps_done if step is None else step
+        return at == self.total_steps or (every > 0 and at % every == 0)
 
     def evaluation_is_due(self) -> bool:
         """Whether the model of this moment is to be evaluated and has not been yet."""
@@ -210,6 +210,7 @@ def prepare(
         # Only the bundled model reads them. A stream is too long for that.
         texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
         tokenizer, model = load_tokenizer_and_model(config, texts, checkpoint)
+        loader: Loader | StreamLoader
         if config.streaming:
             loader = StreamLoader(documents, tokenizer, config, precision.device, ranks)
         else:
@@ -223,7 +224,7 @@ def prepare(
         keep_freed_memory()
     elif precision.dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, 8 times the speed
-    net = MaskedLM(model.to(precision.device))
+    net = MaskedLM(model).to(precision.device)
     if not config.dense_head and not sparse_head_works(net):
         print(f"{type(model).__name__}: the head cannot run on masked positions alone; running it "
               "on all of them")
@@ -292,7 +293,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     in_norms = {parameter for norm in norms for parameter in norm.parameters()}
     undecayed = re.compile(r"bias|layernorm|rmsnorm|(^|[._])norm($|\.)")
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         spared = parameter in in_norms or undecayed.search(name.lower())
         (no_decay if spared else decay).append(parameter)
@@ -311,7 +313,7 @@ def _describe(
     precision: Precision,
 ) -> None:
     held_out = f", {len(eval_rows):,} held out" if eval_rows else ""
-    if config.streaming:
+    if isinstance(loader, StreamLoader):
         print(
             f"text: a stream of {documents.source} in {documents.rows.num_shards} files, rows of "
             f"{config.block_size}{held_out}"

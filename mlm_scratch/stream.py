@@ -67,9 +67,9 @@ class StreamLoader:
         if self.rows_per_step % lanes > 0:
             lanes = ranks.size
         self.positions = [BEGINNING] * lanes  # kept up to date for the own ones
-        self.steps_per_epoch = config.max_steps  # as Trainer counts a stream: one epoch in all
+        self.steps_per_epoch = config.max_steps or 0  # as Trainer counts a stream: one epoch in all
         self.text_digest = _digest(config)
-        self.received: Iterator[Any] | None = None  # from the workers, while there are any
+        self.received: Iterator[Any] = iter(())  # from the workers, while there are any
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
@@ -145,7 +145,7 @@ class StreamLoader:
 
     def close(self) -> None:
         """End the worker processes."""
-        self.received = None
+        self.received = iter(())
 
 
 class _Lanes(IterableDataset):
@@ -165,6 +165,7 @@ class _Lanes(IterableDataset):
         An error is handed over: raised, the DataLoader would put a traceback into its message.
         """
         worker = get_worker_info()
+        assert worker is not None, "a DataLoader iterates over this, in its workers"
         lanes = [self._rows(lane) for lane in self.own[worker.id :: worker.num_workers]]
         try:
             for rows in itertools.cycle(lanes):

@@ -1,0 +1,78 @@
+"""The answers to the exercises of README's reading guide, one per file of the reading path."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from mlm_scratch.data import TokenRows
+from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.loader import Collator, Loader, epoch_order
+from mlm_scratch.masking import mask_tokens
+from mlm_scratch.recipes import resolve
+from tests.bench import step_flops
+from tests.tiny import byte_level_tokenizer, roberta
+
+TOKENIZER = byte_level_tokenizer()
+
+
+def test_masking_which_share_of_the_tokens_the_model_sees_changed():
+    """13.5 %: of the 15 %, 80 % are masks and 10 % random tokens (which may hit the old one)."""
+    ids = torch.randint(10, 50_000, (200, 512))  # (B, T)
+    special = torch.zeros_like(ids)  # (B, T)
+    seen, labels = mask_tokens(
+        ids, special, mask_token_id=4, vocab_size=50_000,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert (seen != ids).float().mean().item() == pytest.approx(0.15 * 0.9, abs=0.003)
+    assert (labels != -100).float().mean().item() == pytest.approx(0.15, abs=0.003)
+
+
+def test_loader_which_rows_the_sixth_step_has():
+    """10 rows in batches of 4 make 3 steps: the sixth is the last of epoch 1, with 2 rows."""
+    config = resolve("tutorial", {"batch_size": 4})
+    rows = TokenRows(np.arange(100, 120, dtype=np.uint16), np.arange(11) * 2)  # row i: 2 ids
+    loader = Loader(rows, Collator(TOKENIZER, config), config, torch.device("cpu"))
+    (step,) = loader.steps(5, 6)
+    (batch,) = step.batches
+    ids = torch.where(batch.labels == -100, batch.input_ids, batch.labels)  # (2, 2) unmasked
+    expected = epoch_order(10, config.seed, epoch=1)[8:10]
+    assert [(row[0] - 100) // 2 for row in ids.tolist()] == expected.tolist()
+
+
+def test_model_how_much_arithmetic_the_head_on_masked_positions_saves():
+    """distilroberta's shape, 8 x 128 tokens: 1.7 times less for the whole step."""
+    with torch.device("meta"):
+        model = RobertaForMaskedLM(RobertaConfig(vocab_size=50_265, num_hidden_layers=6))
+    everywhere = step_flops(model, 1024, 128, masked=1024)
+    on_masked = step_flops(model, 1024, 128, masked=round(0.15 * 1024))
+    assert everywhere / on_masked == pytest.approx(1.7, abs=0.1)
+
+
+def test_loop_what_happens_if_the_gradients_are_clipped_before_they_are_unscaled():
+    """They are 65,536 times too long, so all are clipped, and 65,536 times too short after that."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    scaler = torch.amp.GradScaler("cpu", init_scale=65_536.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(0.25 * weight.sum()).backward()  # true gradient norm 0.5: nothing to clip
+    measured = torch.nn.utils.clip_grad_norm_([weight], max_norm=1.0)
+    scaler.unscale_(optimizer)
+    assert measured.item() == pytest.approx(0.5 * 65_536)
+    assert weight.grad.norm().item() == pytest.approx(1 / 65_536)
+
+
+def test_fill_mask_why_the_scores_of_all_targets_do_not_add_up_to_1():
+    """They are shares of the whole vocabulary; divided by their sum they are those among the
+    targets."""
+    torch.manual_seed(0)
+    model = roberta(TOKENIZER).eval()
+    text, targets = "The Milky Way <mask> a galaxy.", [" is", " the"]
+    scores = {fill["token"]: fill["score"] for fill in
+              fill_mask(model, TOKENIZER, text, targets=targets)}  # fmt: skip
+    assert sum(scores.values()) < 0.1
+    with torch.no_grad():
+        inputs = TOKENIZER(text, return_tensors="pt")
+        at = inputs["input_ids"][0].tolist().index(TOKENIZER.mask_token_id)
+        logits = model(**inputs).logits[0, at]  # (V,)
+    among = logits[list(scores)].softmax(dim=0).tolist()  # (targets,)
+    assert [score / sum(scores.values()) for score in scores.values()] == pytest.approx(among)
