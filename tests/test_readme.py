@@ -21,3 +21,11 @@ def test_every_module_is_named_in_the_reading_guide():
     modules = {path.name for path in (ROOT / "mlm_scratch").glob("*.py")} - {"__init__.py"}
     guide = README.split("## How to read the code")[1].split("\n## ")[0]
     assert {name for name in modules if name not in guide} == set()
+
+
+def test_the_reading_path_is_as_long_as_the_guide_says():
+    rows = re.findall(r"^\| \d \| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    assert len(rows) == 5
+    for file, lines in rows:
+        text = (ROOT / "mlm_scratch" / file).read_text(encoding="utf-8")
+        assert len(text.splitlines()) == int(lines), file
