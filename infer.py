@@ -30,6 +30,8 @@ def main() -> None:
     """Parse, load, then for each text fill or score, and print."""
     arguments = parse_arguments()
     texts = arguments.texts or read_texts()
+    if arguments.what and arguments.targets:
+        raise UserError(f"--{arguments.what} and --targets contradict each other: name one")
     if not texts:
         raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
     model_name = arguments.model or newest_model()
@@ -41,6 +43,7 @@ def main() -> None:
     from mlm_scratch import fill_mask
     from mlm_scratch.load import check_fit, load_model, load_tokenizer
     from mlm_scratch.precision import choose_precision
+    from mlm_scratch.progress import progress_bar
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -55,12 +58,16 @@ def main() -> None:
         )
         print(json.dumps(fills, ensure_ascii=False, indent=2))
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the bar's █ shows a ?
     show = {"score": show_score, "joint": show_joint}.get(arguments.what, show_fills)
-    for batch in batches(texts, 1 if arguments.targets or not tokenizer.pad_token else BATCH):
-        for line in show(model, tokenizer, batch, arguments):
-            print(line)
+    alone = arguments.targets or not fill_mask.ignores_padding(model, tokenizer)
+    size = 1 if alone else BATCH
+    several = len(texts) > size
+    with progress_bar(total=len(texts), unit=" texts", leave=False, disable=not several) as bar:
+        for start in range(0, len(texts), size):
+            lines = list(show(model, tokenizer, texts[start : start + size], arguments))
+            with bar.external_write_mode() if several else nullcontext():
+                print(*lines, sep="\n")
+            bar.update(size)
 
 
 def read_texts() -> list[str]:
@@ -70,19 +77,6 @@ def read_texts() -> list[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-
-
-def batches(texts: list[str], size: int) -> Iterator[list[str]]:
-    """Yield them `size` at a time; from two batches on with a progress bar."""
-    from mlm_scratch.progress import progress_bar
-
-    several = len(texts) > size
-    with progress_bar(total=len(texts), unit=" texts", leave=False, disable=not several) as bar:
-        for start in range(0, len(texts), size):
-            batch = texts[start : start + size]
-            with bar.external_write_mode() if several else nullcontext():
-                yield batch
-            bar.update(len(batch))
 
 
 def show_fills(
@@ -111,7 +105,9 @@ def show_fills(
             yield from (f"  {line_of(fill)}" for fill in mask_fills)
         if arguments.texts:
             yield "\nstep by step"
-            for line in fill_mask.walk_through(model, tokenizer, text, arguments.top_k):
+            for line in fill_mask.walk_through(
+                model, tokenizer, text, arguments.top_k, arguments.truncate
+            ):
                 yield f"  {line}"
         yield ""
 

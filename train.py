@@ -63,7 +63,8 @@ def show_what_was_learnt(directory: Path) -> None:
     tokenizer, model = load_tokenizer(directory), load_model(directory)
     sentences = [
         (sentence.replace(answer, tokenizer.mask_token), answer)
-        for sentence, answer in unseen_sentences() if f" {answer}" in sentence
+        for sentence, answer in unseen_sentences()
+        if f" {answer}" in sentence and sentence.count(answer) == 1
     ]
     print("three sentences that were not in the text:")
     for sentence, answer in (sentences[0], sentences[len(sentences) // 2], sentences[-1]):

@@ -1,6 +1,7 @@
 """What the user can mend is told in one line; everything else keeps its traceback."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -29,6 +30,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "Ġ" or "█" shows a ?
     try:
         return main() or 0
     except UserError as error:

@@ -23,11 +23,13 @@ from transformers.utils import logging
 
 from mlm_scratch.data import TokenRows, tokenize
 from mlm_scratch.errors import OneLineParser, UserError, run_command
+from mlm_scratch.fill_mask import NO_LIMIT, encode
 from mlm_scratch.hub import go_offline_without_hub
 from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
 from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM, masked_lm_logits, masked_lm_loss
+from mlm_scratch.probe import sparse_head_works
 from mlm_scratch.recipes import TUTORIAL, TrainConfig
 from mlm_scratch.run_dir import newest_model
 
@@ -103,16 +105,20 @@ def explain(
     """Mask `text` as the first step of a run on it would, and predict. The model should be in eval
     mode: dropout would change every number.
 
-    Raises UserError for a text without a token.
+    Raises UserError for a text without a token, too long or not UTF-8.
     """
-    if not text.strip():
+    ids = encode(net.model, tokenizer, [text])["input_ids"][0].tolist()
+    if not text.strip() or set(ids) <= set(tokenizer.all_special_ids):
         raise UserError("no text: give a sentence")
     rows, collator = rows_of([text], tokenizer, config), Collator(tokenizer, config)
     batch = collator(rows, np.arange(1))
     tokens = follow_tokens(rows, 0, batch, collator)
     inputs = (net, batch.input_ids, batch.attention_mask, batch.labels)
-    logits, labels = masked_lm_logits(*inputs, batch.positions, dense=False)  # (N, V), (N,)
-    loss_sum, n_masked = masked_lm_loss(*inputs, positions=batch.positions)
+    dense = not sparse_head_works(net)
+    logits, labels = masked_lm_logits(*inputs, batch.positions, dense=dense)  # (N, V), (N,)
+    if dense:
+        logits, labels = logits[batch.positions], labels[batch.positions]  # (N, V), (N,)
+    loss_sum, n_masked = masked_lm_loss(*inputs, positions=batch.positions, dense=dense)
     probabilities = logits.float().softmax(dim=1)  # (N, V)
     losses = cross_entropy(logits.float(), labels, reduction="none")  # (N,) nats
     guesses = []
@@ -268,7 +274,7 @@ def main() -> None:
     config = replace(TUTORIAL, model=model, **given)
     tokenizer, model = load_tokenizer(model), load_model(model).eval()
     check_fit(tokenizer, model, config.model)
-    config = replace(config, block_size=min(config.block_size, longest_input(tokenizer, model)))
+    config = replace(config, block_size=min(NO_LIMIT, longest_input(tokenizer, model)))
     net = MaskedLM(model)
     explanation = explain(net, tokenizer, text, config)
     while not explanation.guesses and "seed" not in given and config.seed < TUTORIAL.seed + 20:

@@ -6,9 +6,9 @@
 value on the way, as the second half of the tutorial does.
 """
 
+import inspect
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mlm_scratch.errors import UserError
 from mlm_scratch.load import longest_input
 from mlm_scratch.targets import find_target_ids
 
+NO_LIMIT = 10**9  # a tokenizer that does not know how much its model takes says 10**30
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
 
@@ -133,8 +134,9 @@ def predict(
         input_ids = inputs["input_ids"][number][is_token]  # (T,), its own
         mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
         if len(mask_index) == 0:
+            where = " that --truncate leaves" if tokenizer.mask_token in text else ""
             raise UserError(
-                f"no {tokenizer.mask_token} in the text {_shortened(text)}: mark the gap"
+                f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: mark the gap"
             )
         probabilities = logits[number][is_token][mask_index].softmax(dim=-1)  # (M, V)
         if not probabilities.isfinite().all():
@@ -157,20 +159,27 @@ def encode(
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"the text {_shortened(text)} is not UTF-8") from error
+            raise UserError(f"the text {shortened(text)} is not UTF-8") from error
     limit = longest_input(tokenizer, model)
-    cut = {"truncation": True, "max_length": limit} if truncate else {}
+    cut = {"truncation": True, "max_length": limit} if truncate and limit < NO_LIMIT else {}
+    several = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     inputs = tokenizer(
-        texts, padding=len(texts) > 1, return_attention_mask=True, return_tensors="pt",
-        verbose=False, **cut,
-    )  # fmt: skip
+        texts, return_attention_mask=True, return_tensors="pt", verbose=False, **several, **cut
+    )
     for text, length in zip(texts, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
         if length > limit:
             raise UserError(
-                f"the text {_shortened(text)} has {length} tokens, the model takes {limit}: "
+                f"the text {shortened(text)} has {length} tokens, the model takes {limit}: "
                 "shorten it, or cut it with --truncate"
             )
     return inputs
+
+
+def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text has the same fills in a batch with longer ones. FNet, which has no attention,
+    mixes the padding in."""
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    return takes_mask and tokenizer.pad_token is not None
 
 
 def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -179,10 +188,14 @@ def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def walk_through(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, top_k: int = 5
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    top_k: int = 5,
+    truncate: bool = False,
 ) -> Iterable[str]:
     """Yield the lines of the same computation step by step, with the values on the way."""
-    (prediction,) = predict(model, tokenizer, [text], truncate=True)
+    (prediction,) = predict(model, tokenizer, [text], truncate)
     input_ids, mask_index, probabilities = prediction  # (T,), (M,), (M, V)
     yield f"input_ids   {input_ids.tolist()}"
     yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids.tolist())}"
@@ -195,5 +208,6 @@ def walk_through(
             yield f"  {score:<9.4g} {fill_in(tokenizer, input_ids, index, token)}"
 
 
-def _shortened(text: Any) -> str:
+def shortened(text: str) -> str:
+    """A text as it is quoted in an error."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -6,6 +6,9 @@ predicted with that word in its place. By the chain rule the product of these pr
 of all the words together:
 
     p(a, b | rest) = p(a | rest) x p(b | a, rest)
+
+Another order is another product: what a masked language model says of one word given the others
+need not fit together to one distribution. And beam search may miss the best.
 """
 
 import math
@@ -16,10 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.fill_mask import encode
+from mlm_scratch.fill_mask import encode, shortened
 
 ORDERS = ("left to right", "most certain first")
-ROWS_AT_ONCE = 32
+LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte
+MOST_FILLS = 100
 
 
 class JointFill(NamedTuple):
@@ -55,7 +59,9 @@ def fill_jointly(
     input_ids = encode(model, tokenizer, [text], truncate)["input_ids"]  # (1, T)
     masked = (input_ids[0] == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
     if len(masked) == 0:
-        raise UserError(f"no {tokenizer.mask_token} in the text {text!r}: mark the gap")
+        raise UserError(f"no {tokenizer.mask_token} in the text {shortened(text)}: mark the gap")
+    if not 1 <= top_k <= MOST_FILLS:
+        raise UserError(f"top-k must be from 1 to {MOST_FILLS} for joint fills, got {top_k}")
     scores = torch.zeros(1)  # (beams,) log probabilities
     for _ in masked:
         log_p = _log_probabilities(model, tokenizer, input_ids, masked)  # (beams, M, V)
@@ -94,12 +100,18 @@ def _log_probabilities(
 ) -> Tensor:
     """(B, T) ids -> (B, M, V) at the M columns `at`. A mask is no answer to a mask."""
     parts = []
-    for rows in input_ids.split(ROWS_AT_ONCE):
+    for rows in input_ids.split(_rows_at_once(model, input_ids)):
         logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
         parts.append(logits[:, at.to(logits.device)].float().cpu())  # (rows, M, V)
     log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
+    if not log_p.isfinite().all():
+        raise UserError("the model answers with NaN: its weights are damaged, choose another")
     log_p[..., tokenizer.mask_token_id] = -math.inf
     return log_p
+
+
+def _rows_at_once(model: PreTrainedModel, input_ids: Tensor) -> int:
+    return max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
 
 
 @torch.no_grad()
@@ -118,16 +130,23 @@ def score_sentence(
     Raises UserError for a text without a token, too long or not UTF-8.
     """
     (input_ids,) = encode(model, tokenizer, [text], truncate)["input_ids"]  # (T,)
-    special = torch.isin(input_ids, torch.tensor(tokenizer.all_special_ids))  # (T,)
+    if tokenizer.mask_token_id in input_ids:
+        raise UserError(f"the text {shortened(text)} has a mask: give the words to score")
+    # An unknown word is a word: it counts.
+    apart = [id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id]
+    special = torch.isin(input_ids, torch.tensor(apart))  # (T,)
     at = (~special).nonzero().squeeze(1)  # (N,)
     if len(at) == 0:
-        raise UserError(f"the text {text!r} has no token to score")
+        raise UserError(f"the text {shortened(text)} has no token to score")
     masked = input_ids.repeat(len(at), 1)  # (N, T), one row per token
     masked[torch.arange(len(at)), at] = tokenizer.mask_token_id
     scores: list[float] = []
-    for rows, columns in zip(masked.split(ROWS_AT_ONCE), at.split(ROWS_AT_ONCE), strict=True):
+    size = _rows_at_once(model, masked)
+    for rows, columns in zip(masked.split(size), at.split(size), strict=True):
         each = torch.arange(len(rows))  # (rows,)
-        logits = model(input_ids=rows.to(model.device)).logits.float().cpu()  # (rows, T, V)
-        log_p = logits[each, columns].log_softmax(dim=-1)  # (rows, V)
+        logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
+        log_p = logits[each, columns].float().cpu().log_softmax(dim=-1)  # (rows, V)
         scores += log_p[each, input_ids[columns]].tolist()
+    if not all(map(math.isfinite, scores)):
+        raise UserError("the model answers with NaN: its weights are damaged, choose another")
     return list(zip(input_ids[at].tolist(), scores, strict=True))

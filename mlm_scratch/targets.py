@@ -23,7 +23,7 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
             continue
         pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
         ids += pieces[:1]
-        if len(pieces) != 1:
+        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
             instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
             print(f"warning: target {target!r} is not one token, {instead}", file=sys.stderr)
     if not ids:
@@ -35,15 +35,14 @@ def with_leading_space(
     tokenizer: PreTrainedTokenizerBase, targets: list[str], text: str
 ) -> list[str]:
     """The targets as they are written at the masks of `text`: after a space, byte-level BPE has
-    " pizza" for a token where "pizza" is none, and means another one by "the" than by " the"."""
+    " pizza" for a token where "pizza" is none, and means another one by "the" than by " the". With
+    masks of both kinds in one text they stay as they are."""
     start, *rest = text.split(tokenizer.mask_token)
-    after_space = all(part.endswith(" ") for part in (start, *rest[:-1]))
-    if not after_space:
+    if not all(part[-1:].isspace() for part in (start, *rest[:-1])):
         return targets
-    tokens_of = {
-        target: tokenizer(f" {target}", add_special_tokens=False)["input_ids"] for target in targets
-    }
-    return [
-        f" {target}" if target[:1].strip() and len(tokens) == 1 else target
-        for target, tokens in tokens_of.items()
-    ]
+
+    def spaced(target: str) -> str:
+        ids = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+        return f" {target}" if target[:1].strip() and len(ids) == 1 else target
+
+    return [spaced(target) for target in targets]

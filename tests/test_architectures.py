@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, FillMaskPipeline
 
 from mlm_scratch.data import TokenRows
 from mlm_scratch.evaluate import evaluate
-from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.fill_mask import fill_mask, ignores_padding
 from mlm_scratch.model import MaskedLM, masked_lm_loss
 from mlm_scratch.precision import Precision
 from mlm_scratch.probe import sparse_head_works, unused_parameters
@@ -151,3 +151,14 @@ def test_evaluation_with_either_head_is_the_same(model):
 def test_fills_are_the_pipelines(model, text):
     reference = FillMaskPipeline(model=model, tokenizer=TOKENIZER)
     assert fill_mask(model, TOKENIZER, text) == reference(text)
+
+
+def test_a_batch_has_the_fills_of_each_text_by_itself(model):
+    texts = ["A <mask> galaxy.", "The Milky Way is a spiral <mask> and Paris is a capital."]
+    together = fill_mask(model, TOKENIZER, texts, top_k=1, batch_size=2)
+    alone = fill_mask(model, TOKENIZER, texts, top_k=1)
+    same = all(
+        one[0]["score"] == pytest.approx(other[0]["score"], rel=1e-3)
+        for one, other in zip(together, alone, strict=True)
+    )
+    assert same or not ignores_padding(model, TOKENIZER)

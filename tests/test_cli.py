@@ -1,6 +1,7 @@
 """The two command lines, as a user calls them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,3 +107,11 @@ def test_help_of_both_is_there_at_once():
             [sys.executable, "-c", heavy, script], capture_output=True, text=True, cwd=ROOT
         )
         assert result.stderr.strip() == "[]" and "usage:" in result.stdout
+
+
+def test_an_output_without_the_letters_of_tokens_shows_others(files):
+    """The vocabulary of byte-level BPE is full of letters such as Ġ."""
+    command = [sys.executable, ROOT / "train.py", *map(str, basic(files)), "--max-steps", "1"]
+    result = subprocess.run(command, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert result.returncode == 0 and "the first row" in result.stdout, result.stderr

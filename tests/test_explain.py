@@ -97,8 +97,15 @@ def test_colour_is_for_terminals_and_the_page_says_the_same(files, call, monkeyp
     assert re.sub("\033\\[[0-9]*m", "", colourful) == plain != colourful
 
 
+def test_a_page_shows_markup_as_text(files, call):
+    call(explain, "--model", files / "model", "--html", "page.html", "<b>&</b>")
+    assert "<h1>&lt;b&gt;&amp;&lt;/b&gt;</h1>" in Path("page.html").read_text()
+
+
 @pytest.mark.parametrize("arguments, message", [
-    ([" "], "no text"),
+    ([""], "no text"),
+    (["caf\udce9"], "is not UTF-8"),
+    (["galaxy " * 99], "the model takes 64"),
     (["--mlm-probability", 2, TEXT], "--mlm-probability must be at most 1"),
     (["--seed", -1, TEXT], "--seed must be at least 0"),
     (["--html", "missing/page.html", TEXT], "--html: cannot write missing/page.html"),

@@ -8,6 +8,7 @@ import torch
 
 import infer
 from mlm_scratch.joint import ORDERS, fill_jointly, score_sentence
+from mlm_scratch.load import load_model, load_tokenizer
 from tests.tiny import byte_level_tokenizer, roberta, save_roberta
 
 TOKENIZER = byte_level_tokenizer()
@@ -111,20 +112,37 @@ def test_a_long_text_is_cut_when_asked_to(directory, call):
     code, _, err = call(infer, "--model", directory, text)
     assert code == 2 and "the model takes 64: shorten it, or cut it with --truncate" in err
     for what in ([], ["--json"], ["--joint"], ["--score"]):
-        code, out, _ = call(infer, "--model", directory, "--truncate", *what, text)
+        scored = text.replace("<mask>", "A") if what == ["--score"] else text
+        code, out, _ = call(infer, "--model", directory, "--truncate", *what, scored)
         assert code == 0 and out
 
 
 def test_joint_and_score_say_what_they_found(directory, call):
     _, out, _ = call(infer, "--model", directory, "--joint", "--top-k", 2, TEXT)
+    tokenizer, model = load_tokenizer(directory), load_model(directory).eval()
     for order in ORDERS:
-        assert len(out.split(f"  {order}\n")[1].splitlines()) >= 2
+        shown = out.split(f"  {order}\n")[1].splitlines()[:2]
+        fills = fill_jointly(model, tokenizer, TEXT, order, top_k=2)
+        for line, fill in zip(shown, fills, strict=True):
+            assert float(line.split()[0]) == pytest.approx(fill.score, rel=1e-3)
+            assert line.endswith(fill.sequence)
     _, out, _ = call(infer, "--model", directory, "--score", "The Milky Way is a spiral galaxy.")
     *tokens, total = out.splitlines()[1:-1]
     scores = [float(line.split()[0]) for line in tokens]
     assert float(total.split()[0]) == pytest.approx(sum(scores), abs=1e-2)
     perplexity = math.exp(-sum(scores) / len(scores))
     assert float(total.split()[-1]) == pytest.approx(perplexity, rel=1e-3)
-    for what, message in (("--joint", "mark the gap"), ("--score", "has no token to score")):
-        code, _, err = call(infer, "--model", directory, what, "")
-        assert code == 2 and message in err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--joint", ""], "mark the gap"),
+    (["--score", ""], "has no token to score"),
+    (["--score", TEXT], "has a mask"),
+    (["--joint", "--top-k", 0, TEXT], "top-k must be from 1 to 100"),
+    (["--joint", TEXT, "--targets", "is"], "--joint and --targets contradict each other"),
+    (["--joint", "--score", TEXT], "not allowed with argument"),
+    (["--truncate", "galaxy " * 99 + "<mask>"], "in the text 'galaxy galaxy"),
+])  # fmt: skip
+def test_what_cannot_be_filled_or_scored_is_one_line(directory, call, arguments, message):
+    code, _, err = call(infer, "--model", directory, *arguments)
+    assert code == 2 and message in err.splitlines()[-1]
