@@ -40,7 +40,8 @@ def main() -> None:
     # Only now: these imports take seconds, and what was wrong so far is told at once.
     from transformers.utils import logging
 
-    from mlm_scratch import fill_mask
+    from mlm_scratch.fill_mask import fill_mask
+    from mlm_scratch.inputs import ignores_padding, use_own_mask
     from mlm_scratch.load import check_fit, load_model, load_tokenizer
     from mlm_scratch.precision import choose_precision
     from mlm_scratch.progress import progress_bar
@@ -50,24 +51,25 @@ def main() -> None:
     device = choose_precision(arguments.device, "fp32").device
     tokenizer, model = load_tokenizer(model_name), load_model(model_name).eval().to(device)
     check_fit(tokenizer, model, model_name)
-    texts = [fill_mask.use_own_mask(tokenizer, text) for text in texts]
+    texts = [use_own_mask(tokenizer, text) for text in texts]
     if arguments.json:
-        fills = fill_mask.fill_mask(
+        fills = fill_mask(
             model, tokenizer, texts, top_k=arguments.top_k, targets=arguments.targets,
             truncate=arguments.truncate,
         )
         print(json.dumps(fills, ensure_ascii=False, indent=2))
         return
     show = {"score": show_score, "joint": show_joint}.get(arguments.what, show_fills)
-    alone = arguments.targets or not fill_mask.ignores_padding(model, tokenizer)
+    alone = arguments.targets or not ignores_padding(model, tokenizer)
     size = 1 if alone else BATCH
     several = len(texts) > size
     with progress_bar(total=len(texts), unit=" texts", leave=False, disable=not several) as bar:
         for start in range(0, len(texts), size):
-            lines = list(show(model, tokenizer, texts[start : start + size], arguments))
+            batch = texts[start : start + size]
+            lines = list(show(model, tokenizer, batch, arguments))
             with bar.external_write_mode() if several else nullcontext():
                 print(*lines, sep="\n")
-            bar.update(size)
+            bar.update(len(batch))
 
 
 def read_texts() -> list[str]:
@@ -86,13 +88,14 @@ def show_fills(
     arguments: argparse.Namespace,
 ) -> Iterator[str]:
     """The fills of each text; of one named on the command line also the way to them."""
-    from mlm_scratch import fill_mask
-    from mlm_scratch.targets import with_leading_space
+    from mlm_scratch.fill_mask import fill_mask, walk_through
+    from mlm_scratch.inputs import with_leading_space
 
     targets = arguments.targets
-    if targets:
-        targets = with_leading_space(tokenizer, targets, *texts)
-    fills = fill_mask.fill_mask(
+    if targets:  # which may be others for each text, so then there is one
+        (text,) = texts
+        targets = with_leading_space(tokenizer, targets, text)
+    fills = fill_mask(
         model, tokenizer, texts, top_k=arguments.top_k, targets=targets,
         truncate=arguments.truncate, batch_size=len(texts),
     )
@@ -105,7 +108,7 @@ def show_fills(
             yield from (f"  {line_of(fill)}" for fill in mask_fills)
         if arguments.texts:
             yield "\nstep by step"
-            for line in fill_mask.walk_through(
+            for line in walk_through(
                 model, tokenizer, text, arguments.top_k, arguments.truncate
             ):
                 yield f"  {line}"

@@ -25,16 +25,6 @@ MANIFEST = "manifest.json"
 REPLACED = ".replaced-"  # before the name of a directory that a new one takes the place of
 
 
-def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model so that `directory` appears whole or not at all. Raises OSError."""
-
-    def write(unfinished: Path) -> None:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-
-    _write_directory(directory, write, _size_of(model))
-
-
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -49,16 +39,60 @@ def save_checkpoint(
     Raises OSError where it cannot be written; all older ones are still there then.
     """
     directory = run_dir / f"checkpoint-{step}"
-
-    def write(unfinished: Path) -> None:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        torch.save(state, unfinished / STATE)
-
-    _write_directory(directory, write, 3 * _size_of(model))  # AdamW has two moments per weight
+    save_model(directory, model, tokenizer, state)
     if fault := find_fault(directory):
         raise OSError(f"{directory.name} is not as it was written: {fault}")
     return directory
+
+
+def save_model(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write the model, and the state of its run if there is one, so that `directory` appears whole
+    or not at all. Raises OSError."""
+    weights = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+    needed = weights if state is None else 3 * weights  # AdamW has two moments per weight
+    free = shutil.disk_usage(directory.parent).free
+    if free < needed:
+        raise OSError(f"{directory.name} needs {needed:,} bytes, and only {free:,} are free")
+    unfinished = directory.with_name(f".unfinished-{directory.name}")
+    replaced = directory.with_name(f"{REPLACED}{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if state is not None:
+            torch.save(state, unfinished / STATE)
+        _seal(unfinished)
+        if directory.exists():  # the same step again: kept until the new one is there
+            os.rename(directory, replaced)
+        os.rename(unfinished, directory)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its room back
+        # The Rust and C++ parts of the libraries do not raise OSError for what the system refuses.
+        if re.search("os error|inline_container", str(error)):
+            raise OSError(
+                f"{directory.name} cannot be written whole (is the disk full?): {error}"
+            ) from error
+        raise
+    sync(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _seal(directory: Path) -> None:
+    """Note what the files are in a manifest, and bring all of it down to the disk."""
+    manifest = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": checksum(path)}
+        for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    # A rename survives a power cut only after what it makes visible: contents first, names after.
+    for path in [*directory.rglob("*"), directory]:
+        sync(path)
 
 
 def remove_old(run_dir: Path, step: int, keep: int, scheduled: Callable[[int], bool]) -> None:
@@ -133,52 +167,6 @@ def find_fault(directory: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None if STATE in manifest else f"{STATE} is missing"
-
-
-def _size_of(model: PreTrainedModel) -> int:
-    """Bytes of its weights."""
-    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
-
-
-def _write_directory(directory: Path, write: Callable[[Path], None], expected_size: int) -> None:
-    free = shutil.disk_usage(directory.parent).free
-    if free < expected_size:
-        raise OSError(
-            f"{directory.name} needs {expected_size:,} bytes, and only {free:,} are free"
-        )
-    unfinished = directory.with_name(f".unfinished-{directory.name}")
-    replaced = directory.with_name(f"{REPLACED}{directory.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        _write_whole(unfinished, write)
-        if directory.exists():  # the same step again: kept until the new one is there
-            os.rename(directory, replaced)
-        os.rename(unfinished, directory)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its room back
-        # The Rust and C++ parts of the libraries do not raise OSError for what the system refuses.
-        if re.search("os error|inline_container", str(error)):
-            raise OSError(
-                f"{directory.name} cannot be written whole (is the disk full?): {error}"
-            ) from error
-        raise
-    sync(directory.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_whole(directory: Path, write: Callable[[Path], None]) -> None:
-    """Write the files and their manifest, down to the disk."""
-    write(directory)
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {
-        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": checksum(path)}
-        for path in files
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    # A rename survives a power cut only after what it makes visible: contents first, names after.
-    for path in [*files, directory / MANIFEST, directory]:
-        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -40,7 +40,6 @@ from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
 
 TEXTS_PER_BATCH = 1000  # read and given to the tokenizer at once; it spreads them over the cores
-TOKENS_IN_MEMORY = 2**20  # before they are written
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
               ".parquet": "parquet"}
 
@@ -84,11 +83,11 @@ class Documents:
         with _told_in_one_line(self.source):
             for part in self.rows.iter(TEXTS_PER_BATCH):
                 texts = [self._pick(value, self.path[1:]) for value in part[name]]
-                for number, text in enumerate(texts, seen):
-                    if "\0" in text:
-                        raise UserError(
-                            f"document {number} of {self.source} holds a NUL: it is not text"
-                        )
+                if any("\0" in text for text in texts):
+                    number = seen + next(i for i, text in enumerate(texts) if "\0" in text)
+                    raise UserError(
+                        f"document {number} of {self.source} holds a NUL: it is not text"
+                    )
                 seen += len(texts)
                 yield texts
 
@@ -326,31 +325,9 @@ def write_rows(
         raise UserError(f"cannot write prepared text below {directory.parent}: {error}") from error
     try:
         dtype = np.dtype(np.uint16 if largest_id < 2**16 else np.uint32)
-        total = 0
-        # "I" takes a list three times as fast as "H"; tokens are made smaller when written.
-        tokens, starts = array("I"), array("q", [0])  # unsigned 32 bits, 64 bits
-        with (
-            open(unfinished / "tokens.bin", "wb") as tokens_file,
-            open(unfinished / "starts.bin", "wb") as starts_file,
-            open(unfinished / "word_starts.bin", "wb") as words_file,
-        ):
-
-            def write() -> None:
-                np.frombuffer(tokens, np.uint32).astype(dtype).tofile(tokens_file)
-                starts.tofile(starts_file)
-                del tokens[:], starts[:]
-
-            for ids, word_starts in tokenized:
-                tokens.fromlist(ids)
-                total += len(ids)
-                starts.append(total)
-                if word_starts:
-                    words_file.write(bytes(word_starts))
-                if len(tokens) > TOKENS_IN_MEMORY:
-                    write()
-            write()
+        _write_flat(unfinished, tokenized, dtype)
         checksums = {path.name: checksum(path) for path in unfinished.iterdir()}
-        meta = {"dtype": dtype.name, "tokens": total, "checksums": checksums}
+        meta = {"dtype": dtype.name, "checksums": checksums}
         (unfinished / "meta.json").write_text(json.dumps(meta))
         for path in unfinished.iterdir():
             sync(path)
@@ -360,6 +337,28 @@ def write_rows(
             raise UserError(f"cannot write below {directory.parent}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_flat(
+    directory: Path, tokenized: Iterable[tuple[list[int], list[bool]]], dtype: np.dtype
+) -> None:
+    tokenized, end = iter(tokenized), 0
+    with (
+        open(directory / "tokens.bin", "wb") as tokens_file,
+        open(directory / "starts.bin", "wb") as starts_file,
+        open(directory / "word_starts.bin", "wb") as words_file,
+    ):
+        np.zeros(1, np.int64).tofile(starts_file)
+        while documents := list(islice(tokenized, TEXTS_PER_BATCH)):
+            # "I" (32 bits) takes a list three times as fast as "H" or numpy does.
+            tokens = array("I")
+            for ids, word_starts in documents:
+                tokens.fromlist(ids)
+                words_file.write(bytes(word_starts))
+            np.frombuffer(tokens, np.uint32).astype(dtype).tofile(tokens_file)
+            starts = end + np.cumsum([len(ids) for ids, _ in documents])  # (documents,)
+            starts.tofile(starts_file)
+            end = int(starts[-1])
 
 
 def tokenize(
@@ -419,23 +418,19 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
-    meta = json.loads((directory / "meta.json").read_text())
-    total = meta["tokens"]
-
-    def open_flat(name: str, dtype: Any, length: int) -> np.ndarray:
-        if length == 0:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        # As a plain array: the class memmap adds its own work to every look-up.
-        return np.asarray(np.memmap(directory / name, dtype=dtype, mode="r", shape=(length,)))
-
+    dtype = json.loads((directory / "meta.json").read_text())["dtype"]
+    tokens = _open_flat(directory / "tokens.bin", dtype)  # (total,)
     if config.grouping == "lines":
-        size = (directory / "starts.bin").stat().st_size
-        starts = open_flat("starts.bin", np.int64, size // 8)  # (rows + 1,)
+        starts = _open_flat(directory / "starts.bin", np.int64)  # (rows + 1,)
     else:
-        rows = total // config.block_size  # what is left over is shorter than a block: dropped
+        rows = len(tokens) // config.block_size  # what is left over is shorter than a block
         starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)
-    return TokenRows(
-        tokens=open_flat("tokens.bin", meta["dtype"], total),
-        starts=starts,
-        word_starts=open_flat("word_starts.bin", bool, total) if config.whole_word else None,
-    )
+    word_starts = _open_flat(directory / "word_starts.bin", bool) if config.whole_word else None
+    return TokenRows(tokens, starts, word_starts)
+
+
+def _open_flat(path: Path, dtype: Any) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    # As a plain array: the class memmap adds its own work to every look-up.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

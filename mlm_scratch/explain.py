@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from mlm_scratch.data import TokenRows, tokenize
 from mlm_scratch.errors import OneLineParser, UserError, run_command
-from mlm_scratch.fill_mask import NO_LIMIT, encode
 from mlm_scratch.hub import go_offline_without_hub
+from mlm_scratch.inputs import encode
 from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
 from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
 from mlm_scratch.masking import IGNORE
@@ -274,7 +274,7 @@ def main() -> None:
     config = replace(TUTORIAL, model=model, **given)
     tokenizer, model = load_tokenizer(model), load_model(model).eval()
     check_fit(tokenizer, model, config.model)
-    config = replace(config, block_size=min(NO_LIMIT, longest_input(tokenizer, model)))
+    config = replace(config, block_size=longest_input(tokenizer, model))
     net = MaskedLM(model)
     explanation = explain(net, tokenizer, text, config)
     while not explanation.guesses and "seed" not in given and config.seed < TUTORIAL.seed + 20:

@@ -6,20 +6,14 @@
 value on the way, as the second half of the tutorial does.
 """
 
-import inspect
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.load import longest_input
-from mlm_scratch.targets import find_target_ids
-
-NO_LIMIT = 10**9  # a tokenizer that does not know how much its model takes says 10**30
-MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
+from mlm_scratch.inputs import encode, find_target_ids, shortened
 
 
 def fill_mask(
@@ -145,48 +139,6 @@ def predict(
     return predictions
 
 
-def encode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    truncate: bool = False,
-) -> BatchEncoding:
-    """What the model is given for some texts, padded to the longest: (B, T) tensors.
-
-    Raises UserError for a text that is too long (unless it is to be cut) or not UTF-8.
-    """
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text {shortened(text)} is not UTF-8") from error
-    limit = longest_input(tokenizer, model)
-    cut = {"truncation": True, "max_length": limit} if truncate and limit < NO_LIMIT else {}
-    several = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
-    inputs = tokenizer(
-        texts, return_attention_mask=True, return_tensors="pt", verbose=False, **several, **cut
-    )
-    for text, length in zip(texts, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
-        if length > limit:
-            raise UserError(
-                f"the text {shortened(text)} has {length} tokens, the model takes {limit}: "
-                "shorten it, or cut it with --truncate"
-            )
-    return inputs
-
-
-def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text has the same fills in a batch with longer ones. FNet, which has no attention,
-    mixes the padding in."""
-    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-    return takes_mask and tokenizer.pad_token is not None
-
-
-def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Write every <mask> and [MASK] in `text` the way this tokenizer does."""
-    return MASK_SPELLINGS.sub(lambda match: tokenizer.mask_token, text)
-
-
 def walk_through(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -206,8 +158,3 @@ def walk_through(
         yield f"top {top_k} at {index}  {tokens.tolist()}"
         for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
             yield f"  {score:<9.4g} {fill_in(tokenizer, input_ids, index, token)}"
-
-
-def shortened(text: str) -> str:
-    """A text as it is quoted in an error."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -7,8 +7,12 @@ and a half; here one request has a few seconds, and after that they are told to 
 import logging
 import os
 import threading
+from typing import TYPE_CHECKING
 
 from mlm_scratch.recipes import BUNDLED, TUTORIAL
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 TIMEOUT = 3.0  # seconds
 
@@ -37,25 +41,27 @@ def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
     """Whether the Hub, or what HF_ENDPOINT names, answers within `timeout` seconds when it is asked
     about a model."""
     from huggingface_hub import HfApi, is_offline_mode
-    from huggingface_hub.errors import RepositoryNotFoundError
 
     if is_offline_mode():
         return False
     answers: list[object] = []
-
-    def ask() -> None:
-        try:
-            answers.append(HfApi().model_info(model, timeout=timeout))
-        except RepositoryNotFoundError as error:
-            answers.append(error)
-        except Exception:  # no route, a time-out, an error page of a proxy: all are a no
-            return
-
     # A name look-up can hang, and no timeout of a client covers it: leave the thread behind then.
-    thread = threading.Thread(target=ask, daemon=True)
+    asked = (HfApi(), model, timeout, answers)
+    thread = threading.Thread(target=_ask, args=asked, daemon=True)
     thread.start()
     thread.join(timeout)
     return bool(answers)
+
+
+def _ask(hub: "HfApi", model: str, timeout: float, answers: list[object]) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        answers.append(hub.model_info(model, timeout=timeout))
+    except RepositoryNotFoundError as error:
+        answers.append(error)
+    except Exception:  # no route, a time-out, an error page of a proxy: all are a no
+        return
 
 
 def go_offline() -> None:
@@ -73,12 +79,15 @@ def everything_is_cached() -> bool:
     """Whether the tutorial's tokenizer, weights and prepared data set load without the Hub."""
     from huggingface_hub import try_to_load_from_cache
 
-    def cached(name: str) -> bool:  # neither unknown nor known not to exist
-        return isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)
-
+    cached = {
+        name: isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)  # the path, if it is
+        for name in (
+            "config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"
+        )
+    }
     # Without its vocabulary file a tokenizer loads all the same, and knows no words.
-    vocabulary = cached("tokenizer.json") or (cached("vocab.json") and cached("merges.txt"))
-    if not (cached("config.json") and cached("model.safetensors") and vocabulary):
+    vocabulary = cached["tokenizer.json"] or (cached["vocab.json"] and cached["merges.txt"])
+    if not (cached["config.json"] and cached["model.safetensors"] and vocabulary):
         return False
     from datasets import load_dataset
 

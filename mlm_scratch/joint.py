@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.fill_mask import encode, shortened
+from mlm_scratch.inputs import encode, shortened
 
 ORDERS = ("left to right", "most certain first")
 LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte

@@ -18,6 +18,8 @@ from mlm_scratch.errors import UserError
 from mlm_scratch.recipes import BUNDLED, TrainConfig
 from mlm_scratch.small_model import small_modernbert, train_tokenizer
 
+NO_LIMIT = 10**9  # a tokenizer that does not know how much its model takes says 10**30
+
 
 def load_tokenizer_and_model(
     config: TrainConfig, texts: Iterable[str], checkpoint: Path | None = None
@@ -87,7 +89,9 @@ def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
     return f"cannot load a {what} from {name}: {reason[0] if reason else type(error).__name__}"
 
 
-def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+def check_fit(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | Path
+) -> None:
     """Raise UserError unless the two can do masked-language modelling together."""
     if tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
@@ -102,7 +106,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """The most tokens that tokenizer and model take at once, special tokens included."""
-    limits = [tokenizer.model_max_length]
+    limits = [tokenizer.model_max_length, NO_LIMIT]
     if (configured := getattr(model.config, "max_position_embeddings", None) or 0) > 0:
         limits.append(configured)
     for name, module in model.named_modules():

@@ -41,12 +41,10 @@ class Batch(NamedTuple):
         GPU works on this batch, the next one is prepared."""
         if device.type == "cpu":
             return self
-
-        def send(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        mask = None if self.attention_mask is None else send(self.attention_mask)
-        return Batch(send(self.input_ids), mask, send(self.labels), send(self.positions))
+        return Batch._make(
+            None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in self
+        )
 
 
 class Collator:

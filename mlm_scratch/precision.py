@@ -54,7 +54,7 @@ def choose_precision(device_name: str, precision: str) -> Precision:
         raise UserError(
             f"--device {device_name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    if device.type == "cuda" and device.index is not None:
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL and new tensors go
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device_name} cannot be used: only cpu and cuda can")

@@ -102,13 +102,14 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
 
     Raises UserError if there is no run, or if a change would make it another run.
     """
-    run_dir = Path(output_dir or LATEST).resolve() if output_dir is None else Path(output_dir)
+    run_dir = LATEST.resolve() if output_dir is None else Path(output_dir)
     try:
         noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
         saved: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in noted["config"].items()
         }
+        # The same command line again is no change, however the rows are shared out now.
         changes = {
             name: value for name, value in changes.items() if value != saved.get(name)
         }

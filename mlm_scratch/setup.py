@@ -4,7 +4,6 @@ import ctypes
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -31,7 +30,7 @@ from mlm_scratch.run_dir import MAY_CHANGE, SHARED_OUT
 from mlm_scratch.stream import StreamLoader
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
-TEXTS_OF_TOKENIZER = 50_000
+TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 LOST_STEPS_IN_A_ROW = 10  # so many steps without a finite loss, and none will have one again
 
 
@@ -245,7 +244,7 @@ def prepare(
     t = Training(
         config, precision, tokenizer, model, net, parallel_net, ranks, loader, eval_rows,
         total_steps, optimizer,
-        scheduler=LambdaLR(optimizer, linear_schedule(config.warmup_steps, total_steps)),
+        scheduler=LambdaLR(optimizer, partial(linear_schedule, config.warmup_steps, total_steps)),
         scaler=precision.grad_scaler(),
         loss_since_log=torch.zeros((), device=precision.device),
         lost_in_a_row=torch.zeros((), dtype=torch.int64, device=precision.device),
@@ -270,18 +269,15 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)  # the end of the heap is not given back either
 
 
-def linear_schedule(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Learning rate as a share of the peak: up from 0 over the warm-up, then down to 0 again.
+def linear_schedule(warmup_steps: int, total_steps: int, step: int) -> float:
+    """The learning rate of a step as a share of the peak: up from 0 over the warm-up, then down to
+    0 again.
 
     Source: get_linear_schedule_with_warmup of transformers.
     """
-
-    def share(step: int) -> float:
-        if step < warmup_steps:
-            return step / warmup_steps
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
-
-    return share
+    if step < warmup_steps:
+        return step / warmup_steps
+    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

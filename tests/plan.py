@@ -103,7 +103,7 @@ def plan(
         "sending that, ms": sent / wire * 1e3,
         "drawing all masks of the step in each process, ms": tokens * measured.mask * 1e3,
         "drawing only its own, ms": tokens / gpus * measured.mask * 1e3,
-        "agreeing on a stop signal twice, ms": 2 * 2 * (gpus - 1) * measured.agree * 1e3,
+        "agreeing on a stop signal, ms": 2 * (gpus - 1) * measured.agree * 1e3,
         "checkpoint, GB": state / 1e9,
         "writing it and reading it twice for its checksums, s":
             state / DISK + 2 * state * measured.digest,

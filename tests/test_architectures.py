@@ -14,7 +14,8 @@ from transformers import AutoModelForMaskedLM, FillMaskPipeline
 
 from mlm_scratch.data import TokenRows
 from mlm_scratch.evaluate import evaluate
-from mlm_scratch.fill_mask import fill_mask, ignores_padding
+from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.inputs import ignores_padding
 from mlm_scratch.model import MaskedLM, masked_lm_loss
 from mlm_scratch.precision import Precision
 from mlm_scratch.probe import sparse_head_works, unused_parameters

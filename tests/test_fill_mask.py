@@ -4,7 +4,8 @@ import pytest
 from transformers import BertConfig, BertForMaskedLM, FillMaskPipeline
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.fill_mask import fill_mask, use_own_mask, walk_through
+from mlm_scratch.fill_mask import fill_mask, walk_through
+from mlm_scratch.inputs import use_own_mask
 from tests.tiny import byte_level_tokenizer, roberta, wordpiece_tokenizer
 
 

@@ -110,7 +110,8 @@ def test_a_target_after_a_space_is_taken_with_it_but_not_in_json(directory, call
 def test_a_long_text_is_cut_when_asked_to(directory, call):
     text = "<mask> " + "galaxy " * 99
     code, _, err = call(infer, "--model", directory, text)
-    assert code == 2 and "the model takes 64: shorten it, or cut it with --truncate" in err
+    assert code == 2
+    assert "the model takes 64: shorten it, or let infer.py cut it with --truncate" in err
     for what in ([], ["--json"], ["--joint"], ["--score"]):
         scored = text.replace("<mask>", "A") if what == ["--score"] else text
         code, out, _ = call(infer, "--model", directory, "--truncate", *what, scored)
