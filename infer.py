@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from mlm_scratch.errors import OneLineParser, UserError, run_command
@@ -62,12 +61,12 @@ def main() -> None:
     show = {"score": show_score, "joint": show_joint}.get(arguments.what, show_fills)
     alone = arguments.targets or not ignores_padding(model, tokenizer)
     size = 1 if alone else BATCH
-    several = len(texts) > size
-    with progress_bar(total=len(texts), unit=" texts", leave=False, disable=not several) as bar:
+    at_once = len(texts) <= size
+    with progress_bar(total=len(texts), unit=" texts", leave=False, disable=at_once) as bar:
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
             lines = list(show(model, tokenizer, batch, arguments))
-            with bar.external_write_mode() if several else nullcontext():
+            with bar.external_write_mode():
                 print(*lines, sep="\n")
             bar.update(len(batch))
 

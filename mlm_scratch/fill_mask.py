@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import encode, find_target_ids, shortened
+from mlm_scratch.inputs import encode, find_target_ids, no_mask
+from mlm_scratch.load import check_answer
 
 
 def fill_mask(
@@ -128,13 +129,9 @@ def predict(
         input_ids = inputs["input_ids"][number][is_token]  # (T,), its own
         mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
         if len(mask_index) == 0:
-            where = " that --truncate leaves" if tokenizer.mask_token in text else ""
-            raise UserError(
-                f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: mark the gap"
-            )
+            raise no_mask(tokenizer, text)
         probabilities = logits[number][is_token][mask_index].softmax(dim=-1)  # (M, V)
-        if not probabilities.isfinite().all():
-            raise UserError("the model answers with NaN: its weights are damaged, choose another")
+        check_answer(probabilities)
         predictions.append((input_ids, mask_index, probabilities))
     return predictions
 

@@ -49,6 +49,14 @@ def encode(
     return inputs
 
 
+def no_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> UserError:
+    """What to raise for a text in which there is nothing to fill."""
+    where = " that --truncate leaves" if tokenizer.mask_token in text else ""
+    return UserError(
+        f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: mark the gap"
+    )
+
+
 def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text has the same fills in a batch with longer ones. FNet, which has no attention,
     mixes the padding in."""

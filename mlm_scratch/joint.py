@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import encode, shortened
+from mlm_scratch.inputs import encode, no_mask, shortened
+from mlm_scratch.load import check_answer
 
 ORDERS = ("left to right", "most certain first")
 LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte
@@ -59,12 +60,14 @@ def fill_jointly(
     input_ids = encode(model, tokenizer, [text], truncate)["input_ids"]  # (1, T)
     masked = (input_ids[0] == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
     if len(masked) == 0:
-        raise UserError(f"no {tokenizer.mask_token} in the text {shortened(text)}: mark the gap")
+        raise no_mask(tokenizer, text)
     if not 1 <= top_k <= MOST_FILLS:
         raise UserError(f"top-k must be from 1 to {MOST_FILLS} for joint fills, got {top_k}")
     scores = torch.zeros(1)  # (beams,) log probabilities
     for _ in masked:
-        log_p = _log_probabilities(model, tokenizer, input_ids, masked)  # (beams, M, V)
+        at = masked.expand(len(input_ids), -1)  # (beams, M)
+        log_p = _log_probabilities(model, input_ids, at)  # (beams, M, V)
+        log_p[..., tokenizer.mask_token_id] = -math.inf  # a mask is no answer to a mask
         still_masked = input_ids[:, masked] == tokenizer.mask_token_id  # (beams, M)
         if order == "left to right":
             chosen = still_masked.int().argmax(dim=1)  # (beams,) the first
@@ -95,23 +98,17 @@ def _first_of_each(rows: Tensor) -> list[int]:
     return list(seen.values())
 
 
-def _log_probabilities(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, at: Tensor
-) -> Tensor:
-    """(B, T) ids -> (B, M, V) at the M columns `at`. A mask is no answer to a mask."""
+def _log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> Tensor:
+    """(B, T) ids -> (B, M, V) at the M columns that `at`, (B, M), names for each row."""
+    at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
     parts = []
-    for rows in input_ids.split(_rows_at_once(model, input_ids)):
+    for rows, columns in zip(input_ids.split(at_once), at.split(at_once), strict=True):
         logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
-        parts.append(logits[:, at.to(logits.device)].float().cpu())  # (rows, M, V)
+        row = torch.arange(len(rows))[:, None]  # (rows, 1)
+        parts.append(logits[row, columns].float().cpu())  # (rows, M, V)
     log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
-    if not log_p.isfinite().all():
-        raise UserError("the model answers with NaN: its weights are damaged, choose another")
-    log_p[..., tokenizer.mask_token_id] = -math.inf
+    check_answer(log_p)
     return log_p
-
-
-def _rows_at_once(model: PreTrainedModel, input_ids: Tensor) -> int:
-    return max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
 
 
 @torch.no_grad()
@@ -140,13 +137,6 @@ def score_sentence(
         raise UserError(f"the text {shortened(text)} has no token to score")
     masked = input_ids.repeat(len(at), 1)  # (N, T), one row per token
     masked[torch.arange(len(at)), at] = tokenizer.mask_token_id
-    scores: list[float] = []
-    size = _rows_at_once(model, masked)
-    for rows, columns in zip(masked.split(size), at.split(size), strict=True):
-        each = torch.arange(len(rows))  # (rows,)
-        logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
-        log_p = logits[each, columns].float().cpu().log_softmax(dim=-1)  # (rows, V)
-        scores += log_p[each, input_ids[columns]].tolist()
-    if not all(map(math.isfinite, scores)):
-        raise UserError("the model answers with NaN: its weights are damaged, choose another")
-    return list(zip(input_ids[at].tolist(), scores, strict=True))
+    log_p = _log_probabilities(model, masked, at[:, None])[:, 0]  # (N, V)
+    scores = log_p.gather(1, input_ids[at, None])[:, 0]  # (N,)
+    return list(zip(input_ids[at].tolist(), scores.tolist(), strict=True))

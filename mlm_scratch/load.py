@@ -104,6 +104,12 @@ def check_fit(
         )
 
 
+def check_answer(scores: Tensor) -> None:
+    """Raise UserError where the softmax of a model's answer has a NaN."""
+    if scores.isnan().any():
+        raise UserError("the model answers with NaN: its weights are damaged, choose another")
+
+
 def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """The most tokens that tokenizer and model take at once, special tokens included."""
     limits = [tokenizer.model_max_length, NO_LIMIT]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.checkpoint import load_state, remove_old, save_checkpoint
-from mlm_scratch.data import Documents, TokenRows, load_documents, prepare_rows
+from mlm_scratch.data import TokenRows, load_documents, prepare_rows
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator, Loader
@@ -156,7 +156,28 @@ class Training:
 
         Raises UserError if settings or text are not those that the run was begun with.
         """
+        self._check_same_run(state)
+        self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
+        self.steps_since_log = state["steps_since_log"]
+        self.loss_since_log.copy_(state["loss_since_log"])
+        self.lost_in_a_row.copy_(state["lost_in_a_row"])
+        self.lost_steps.copy_(state["lost_steps"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        # Made anew rather than loaded: where the run was made longer, the rate is another one.
+        schedule = self.scheduler.lr_lambdas[0]
+        self.scheduler = LambdaLR(self.optimizer, schedule, state["scheduled_steps"] - 1)
+        if state["scaler"]:  # empty unless the run was in fp16 until now
+            self.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        if len(state["rng"]) != self.ranks.size:  # other processes: other dropout, never seen
+            torch.manual_seed(self.config.seed + self.steps_done + self.ranks.rank)
+            return
+        torch.set_rng_state(state["rng"][self.ranks.rank])
         device = self.precision.device
+        if state["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank], device)
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
         if "loader" not in state:
             raise UserError("--resume: the checkpoint was written by another version")
         for name, begun_with in state["config"].items():
@@ -173,52 +194,24 @@ class Training:
         for which, digest in self.text_digests().items():
             if state["text_digests"][which] != digest:
                 raise UserError(f"--resume: the {which} text has changed since; begin a new run")
-        self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
-        if self.total_steps < self.steps_done:
+        if self.total_steps < state["steps_done"]:
             raise UserError(
-                f"--resume: the run has {self.steps_done} steps already, more than the "
+                f"--resume: the run has {state['steps_done']} steps already, more than the "
                 f"{self.total_steps} asked for"
             )
-        self.steps_since_log = state["steps_since_log"]
-        self.loss_since_log.copy_(state["loss_since_log"])
-        self.lost_in_a_row.copy_(state["lost_in_a_row"])
-        self.lost_steps.copy_(state["lost_steps"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        # Made anew rather than loaded: where the run was made longer, the rate is another one.
-        schedule = self.scheduler.lr_lambdas[0]
-        self.scheduler = LambdaLR(self.optimizer, schedule, state["scheduled_steps"] - 1)
-        if state["scaler"]:  # empty unless the run was in fp16 until now
-            self.scaler.load_state_dict(state["scaler"])
-        self.loader.load_state_dict(state["loader"])
-        if len(state["rng"]) != self.ranks.size:  # other processes: other dropout, never seen
-            torch.manual_seed(self.config.seed + self.steps_done + self.ranks.rank)
-            return
-        torch.set_rng_state(state["rng"][self.ranks.rank])
-        if state["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank], device)
 
 
 def prepare(
     config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = ALONE
 ) -> Training:
     """Load text and model and build all that the loop needs; with a checkpoint, as it was there."""
-    disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     precision = choose_precision(config.device, config.precision)
     with ranks.one_after_another():
-        documents, eval_documents = load_documents(config)
-        # Only the bundled model reads them. A stream is too long for that.
-        texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
-        tokenizer, model = load_tokenizer_and_model(config, texts, checkpoint)
-        loader: Loader | StreamLoader
-        if config.streaming:
-            loader = StreamLoader(documents, tokenizer, config, precision.device, ranks)
-        else:
-            rows = prepare_rows(documents, tokenizer, config)
-            collator = Collator(tokenizer, config)
-            loader = Loader(rows, collator, config, precision.device, ranks)
-        eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    _describe(documents, loader, eval_rows, model, config, precision)
-
+        tokenizer, model, loader, eval_rows = _load(config, checkpoint, precision.device, ranks)
+    print(
+        f"model: {type(model).__name__} ({config.model}, {config.init}), "
+        f"{model.num_parameters():,} parameters, on {precision}"
+    )
     if precision.device.type == "cpu":
         keep_freed_memory()
     elif precision.dtype == torch.float32:
@@ -254,6 +247,34 @@ def prepare(
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
     return t
+
+
+def _load(
+    config: TrainConfig, checkpoint: Path | None, device: torch.device, ranks: Ranks
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, Loader | StreamLoader, TokenRows | None]:
+    """Tokenizer, model, the text to train on and the text to evaluate on; says what the text is."""
+    disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
+    documents, eval_documents = load_documents(config)
+    # Only the bundled model reads them. A stream is too long for that.
+    texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
+    tokenizer, model = load_tokenizer_and_model(config, texts, checkpoint)
+    loader: Loader | StreamLoader
+    if config.streaming:
+        loader = StreamLoader(documents, tokenizer, config, device, ranks)
+        text = (
+            f"a stream of {documents.source} in {documents.rows.num_shards} files, rows of "
+            f"{config.block_size}"
+        )
+    else:
+        rows = prepare_rows(documents, tokenizer, config)
+        loader = Loader(rows, Collator(tokenizer, config), config, device, ranks)
+        text = (
+            f"{len(documents):,} documents of {documents.source}, {len(rows.tokens):,} tokens in "
+            f"{len(rows):,} rows of up to {config.block_size}"
+        )
+    eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
+    print(f"text: {text}" + (f", {len(eval_rows):,} held out" if eval_rows else ""))
+    return tokenizer, model, loader, eval_rows
 
 
 def keep_freed_memory() -> None:
@@ -298,29 +319,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-
-
-def _describe(
-    documents: Documents,
-    loader: Loader | StreamLoader,
-    eval_rows: TokenRows | None,
-    model: PreTrainedModel,
-    config: TrainConfig,
-    precision: Precision,
-) -> None:
-    held_out = f", {len(eval_rows):,} held out" if eval_rows else ""
-    if isinstance(loader, StreamLoader):
-        print(
-            f"text: a stream of {documents.source} in {documents.rows.num_shards} files, rows of "
-            f"{config.block_size}{held_out}"
-        )
-    else:
-        rows = loader.rows
-        print(
-            f"text: {len(documents):,} documents of {documents.source}, {len(rows.tokens):,} "
-            f"tokens in {len(rows):,} rows of up to {config.block_size}{held_out}"
-        )
-    print(
-        f"model: {type(model).__name__} ({config.model}, {config.init}), "
-        f"{model.num_parameters():,} parameters, on {precision}"
-    )
