@@ -12,13 +12,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it; tests of the
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
     """Prepared text goes to a directory of this test run's own."""
     base = tmp_path_factory.getbasetemp()
-    monkeypatch.setenv("MLM_SCRATCH_CACHE", str(base / "mlm_scratch"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", base / "datasets")
-    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))  # runs/ goes there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLM_SCRATCH_CACHE", str(base / "mlm_scratch"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", base / "datasets")
+        patch.chdir(base)  # what a fixture of a whole module leaves in runs/ stays here
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_directory(own_cache, tmp_path_factory, monkeypatch):
+    """Each test has its own runs/."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 @pytest.fixture
