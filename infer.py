@@ -26,11 +26,11 @@ BATCH = 8  # texts at once
 
 
 def main() -> None:
-    """Parse, load, then for each text fill or score, and print."""
+    """Parse, load, check, then for each text fill or score, and print."""
     arguments = parse_arguments()
     texts = arguments.texts or read_texts()
-    if arguments.what and arguments.targets:
-        raise UserError(f"--{arguments.what} and --targets contradict each other: name one")
+    if arguments.targets and arguments.show is not show_fills:
+        raise UserError("--targets goes with neither --joint nor --score: leave it out")
     if not texts:
         raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
     model_name = arguments.model or newest_model()
@@ -40,10 +40,9 @@ def main() -> None:
     from transformers.utils import logging
 
     from mlm_scratch.fill_mask import fill_mask
-    from mlm_scratch.inputs import ignores_padding, use_own_mask
+    from mlm_scratch.inputs import use_own_mask
     from mlm_scratch.load import check_fit, load_model, load_tokenizer
     from mlm_scratch.precision import choose_precision
-    from mlm_scratch.progress import progress_bar
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -51,21 +50,51 @@ def main() -> None:
     tokenizer, model = load_tokenizer(model_name), load_model(model_name).eval().to(device)
     check_fit(tokenizer, model, model_name)
     texts = [use_own_mask(tokenizer, text) for text in texts]
+    check_texts(model, tokenizer, texts, arguments)
     if arguments.json:
         fills = fill_mask(
             model, tokenizer, texts, top_k=arguments.top_k, targets=arguments.targets,
             truncate=arguments.truncate,
         )
         print(json.dumps(fills, ensure_ascii=False, indent=2))
-        return
-    show = {"score": show_score, "joint": show_joint}.get(arguments.what, show_fills)
-    alone = arguments.targets or not ignores_padding(model, tokenizer)
-    size = 1 if alone else BATCH
+    else:
+        show_all(model, tokenizer, texts, arguments)
+
+
+def check_texts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    arguments: argparse.Namespace,
+) -> None:
+    """Raise UserError for the first text that cannot be filled or scored, before work begins."""
+    from mlm_scratch.inputs import encode, find_masks, find_words
+
+    check = find_words if arguments.show is show_score else find_masks
+    for number, text in enumerate(texts, start=1):
+        try:
+            (input_ids,) = encode(model, tokenizer, [text], arguments.truncate)["input_ids"]  # (T,)
+            check(tokenizer, input_ids, text)
+        except UserError as error:
+            raise UserError(f"text {number}: {error}" if len(texts) > 1 else str(error)) from error
+
+
+def show_all(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    arguments: argparse.Namespace,
+) -> None:
+    """Print what is asked of each text, BATCH of them at a time, with a bar if they are many."""
+    from mlm_scratch.inputs import ignores_padding
+    from mlm_scratch.progress import progress_bar
+
+    size = 1 if arguments.targets or not ignores_padding(model, tokenizer) else BATCH
     at_once = len(texts) <= size
     with progress_bar(total=len(texts), unit=" texts", leave=False, disable=at_once) as bar:
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
-            lines = list(show(model, tokenizer, batch, arguments))
+            lines = list(arguments.show(model, tokenizer, batch, arguments))
             with bar.external_write_mode():
                 print(*lines, sep="\n")
             bar.update(len(batch))
@@ -86,7 +115,8 @@ def show_fills(
     texts: list[str],
     arguments: argparse.Namespace,
 ) -> Iterator[str]:
-    """The fills of each text; of one named on the command line also the way to them."""
+    """The fills of each text; of one named on the command line also the way to them, unless that is
+    cut short by targets."""
     from mlm_scratch.fill_mask import fill_mask, walk_through
     from mlm_scratch.inputs import with_leading_space
 
@@ -105,7 +135,7 @@ def show_fills(
             if several:
                 yield f"  mask {number}"
             yield from (f"  {line_of(fill)}" for fill in mask_fills)
-        if arguments.texts:
+        if arguments.texts and not targets:
             yield "\nstep by step"
             for line in walk_through(
                 model, tokenizer, text, arguments.top_k, arguments.truncate
@@ -125,7 +155,7 @@ def show_joint(
 
     for text in texts:
         yield text
-        for order in ORDERS:
+        for order in ORDERS if text.count(tokenizer.mask_token) > 1 else ORDERS[:1]:
             yield f"  {order}"
             fills = fill_jointly(
                 model, tokenizer, text, order, top_k=arguments.top_k, truncate=arguments.truncate
@@ -178,13 +208,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--truncate", action="store_true", help="cut texts that are too long for the model"
     )
+    parser.set_defaults(show=show_fills)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--joint", dest="what", action="store_const", const="joint",
+        "--joint", dest="show", action="store_const", const=show_joint,
         help="fill several masks together, by beam search: words that go with each other",
     )
     what.add_argument(
-        "--score", dest="what", action="store_const", const="score",
+        "--score", dest="show", action="store_const", const=show_score,
         help="how probable each token of a text without masks is, given all the others",
     )
     what.add_argument(

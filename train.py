@@ -49,10 +49,10 @@ def main() -> None:
     print(f"model: {run_dir / 'model'}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
     if config.dataset == BUNDLED and this_launch().is_first:
-        show_what_was_learnt(run_dir / "model")
+        show_what_was_learned(run_dir / "model")
 
 
-def show_what_was_learnt(directory: Path) -> None:
+def show_what_was_learned(directory: Path) -> None:
     """Fill a gap in three sentences that the bundled corpus does not contain: facts that it tells
     in other words. They are taken from its beginning, middle and end, whatever the model makes of
     them."""

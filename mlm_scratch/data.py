@@ -239,13 +239,13 @@ class TokenRows:
     """Rows of token ids, on disk: row i is tokens[starts[i] : starts[i + 1]].
 
     tokens: (total,) ids, memory-mapped. starts: (rows + 1,) int64.
-    word_starts: (total,) bool, true where the text has a gap before the token; only with whole
+    gap_before: (total,) bool, true where the text has a gap before the token; only with whole
     words. text_digest: says whether two runs have read the same text.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
-    word_starts: np.ndarray | None = None
+    gap_before: np.ndarray | None = None
     text_digest: str = ""
 
     def __len__(self) -> int:
@@ -316,7 +316,7 @@ def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: Tra
 def write_rows(
     directory: Path, tokenized: Iterable[tuple[list[int], list[bool]]], largest_id: int
 ) -> None:
-    """Write (ids, word_starts) of each document into `directory`, which appears whole or not at
+    """Write (ids, gap_before) of each document into `directory`, which appears whole or not at
     all. Raises UserError where nothing can be written."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -346,15 +346,15 @@ def _write_flat(
     with (
         open(directory / "tokens.bin", "wb") as tokens_file,
         open(directory / "starts.bin", "wb") as starts_file,
-        open(directory / "word_starts.bin", "wb") as words_file,
+        open(directory / "gaps.bin", "wb") as gaps_file,
     ):
         np.zeros(1, np.int64).tofile(starts_file)
         while documents := list(islice(tokenized, TEXTS_PER_BATCH)):
             # "I" (32 bits) takes a list three times as fast as "H" or numpy does.
             tokens = array("I")
-            for ids, word_starts in documents:
+            for ids, gap_before in documents:
                 tokens.fromlist(ids)
-                words_file.write(bytes(word_starts))
+                gaps_file.write(bytes(gap_before))
             np.frombuffer(tokens, np.uint32).astype(dtype).tofile(tokens_file)
             starts = end + np.cumsum([len(ids) for ids, _ in documents])  # (documents,)
             starts.tofile(starts_file)
@@ -364,9 +364,9 @@ def _write_flat(
 def tokenize(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> Iterator[tuple[list[int], list[bool]]]:
-    """Yield (ids, word_starts) of each document, special tokens included.
+    """Yield (ids, gap_before) of each document, special tokens included.
 
-    word_starts is empty unless config.whole_word. With grouping "lines" a document is cut at
+    gap_before is empty unless config.whole_word. With grouping "lines" a document is cut at
     block_size and one without text is left out; in a stream it leaves its special tokens, as in
     the reference.
     """
@@ -391,12 +391,12 @@ def tokenize(
         )
         for number, ids in enumerate(encoding["input_ids"]):
             spans = encoding["offset_mapping"][number] if whole_word else []
-            yield ids, _word_starts(batch[number], spans)
+            yield ids, _gaps(batch[number], spans)
     if lines and tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # not to be saved with the model
 
 
-def _word_starts(text: str, spans: list[tuple[int, int]]) -> list[bool]:
+def _gaps(text: str, spans: list[tuple[int, int]]) -> list[bool]:
     """For each token, whether there is a gap before it: its span of characters does not touch the
     one before, or (some tokenizers count the gap in) begins with a space."""
     ends = [-1, *(end for _, end in spans)][: len(spans)]
@@ -412,7 +412,7 @@ def _is_whole(directory: Path) -> bool:
     try:
         checksums = json.loads((directory / "meta.json").read_text())["checksums"]
         whole = all(checksum(directory / name) == noted for name, noted in checksums.items())
-        return whole and len(checksums) == 3
+        return whole and checksums.keys() == {"tokens.bin", "starts.bin", "gaps.bin"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -425,8 +425,8 @@ def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
     else:
         rows = len(tokens) // config.block_size  # what is left over is shorter than a block
         starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)
-    word_starts = _open_flat(directory / "word_starts.bin", bool) if config.whole_word else None
-    return TokenRows(tokens, starts, word_starts)
+    gap_before = _open_flat(directory / "gaps.bin", bool) if config.whole_word else None
+    return TokenRows(tokens, starts, gap_before)
 
 
 def _open_flat(path: Path, dtype: Any) -> np.ndarray:

@@ -42,7 +42,7 @@ def evaluate(
     generator of their own, and nothing else is random without dropout).
 
     Returns: eval_loss (nats, mean over all masked tokens), perplexity (e to that power) and
-    eval_accuracy (share of masked tokens whose best guess is right).
+    eval_accuracy (share of masked tokens whose best guess is right); NaN where none is masked.
     """
     collator = Collator(tokenizer, config)  # a new generator with the same seed: the same masks
     device = precision.device
@@ -74,10 +74,12 @@ def evaluate(
             correct += (logits.argmax(dim=1) == labels).sum()
     finally:
         model.train(was_training)
-    loss = ranks.add_up(loss_sum).item() / max(n_masked, 1)
+    ranks.add_up(loss_sum)
+    ranks.add_up(correct)
+    loss = loss_sum.item() / n_masked if n_masked else math.nan
     return {
         "eval_loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # e^710 is over the largest float
-        "eval_accuracy": ranks.add_up(correct).item() / max(n_masked, 1),
+        "eval_accuracy": correct.item() / n_masked if n_masked else math.nan,
     }
 

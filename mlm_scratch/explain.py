@@ -3,8 +3,8 @@
     python -m mlm_scratch.explain "The Milky Way is a spiral galaxy."
     python -m mlm_scratch.explain --html galaxy.html "The Milky Way is a spiral galaxy."
 
-Nothing is computed a second time here: the masks come from the loader's Collator, the logits and
-the loss from model.py, as in a step of training.
+No step of this is written a second time here: the masks come from the loader's Collator, the logits
+and the sum of the losses from model.py, as in training, but without dropout.
 """
 
 import argparse
@@ -70,23 +70,26 @@ class Explanation:
     n_masked: int
 
 
-def rows_of(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> TokenRows:
-    """One row per text, cut at config.block_size."""
+def row_of(text: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> TokenRows:
+    """One row, cut at config.block_size."""
     config = replace(config, grouping="lines")
-    ids, word_starts = zip(*tokenize(texts, tokenizer, config), strict=True)
+    ((ids, gap_before),) = tokenize([text], tokenizer, config)
     return TokenRows(
-        np.concatenate([np.array(row, np.int64) for row in ids]),
-        starts=np.cumsum([0, *map(len, ids)]),
-        word_starts=np.concatenate(word_starts).astype(bool) if config.whole_word else None,
-    )
+        np.array(ids, np.int64), starts=np.array([0, len(ids)]),
+        gap_before=np.array(gap_before, bool) if config.whole_word else None,
+    )  # fmt: skip
 
 
-def follow_tokens(rows: TokenRows, row: int, batch: Batch, collator: Collator) -> list[Token]:
-    """What became of each token of rows[row], which is the first in `batch`."""
+def follow_tokens(
+    rows: TokenRows, row: int, batch: Batch, number: int, collator: Collator
+) -> list[Token]:
+    """What became of each token of rows[row], which is row `number` of `batch`.
+
+    The fate is told from what the model sees: a random token that happens to be the old one looks
+    kept.
+    """
     ids = rows.tokens[rows.starts[row] : rows.starts[row + 1]].tolist()
-    seen_ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+    seen_ids, labels = batch.input_ids[number].tolist(), batch.labels[number].tolist()
     tokens = []
     # Without the padding that may follow.
     for position, (id, seen, label) in enumerate(zip(ids, seen_ids, labels, strict=False)):
@@ -110,9 +113,9 @@ def explain(
     ids = encode(net.model, tokenizer, [text])["input_ids"][0].tolist()
     if not text.strip() or set(ids) <= set(tokenizer.all_special_ids):
         raise UserError("no text: give a sentence")
-    rows, collator = rows_of([text], tokenizer, config), Collator(tokenizer, config)
+    rows, collator = row_of(text, tokenizer, config), Collator(tokenizer, config)
     batch = collator(rows, np.arange(1))
-    tokens = follow_tokens(rows, 0, batch, collator)
+    tokens = follow_tokens(rows, 0, batch, 0, collator)
     inputs = (net, batch.input_ids, batch.attention_mask, batch.labels)
     dense = not sparse_head_works(net)
     logits, labels = masked_lm_logits(*inputs, batch.positions, dense=dense)  # (N, V), (N,)
@@ -188,14 +191,18 @@ def sum_of_losses(explanation: Explanation) -> Iterator[str]:
 def short_form(
     loader: Loader, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> Iterator[str]:
-    """The first row of the first step of a run: the tokens, what the model sees, what it has to
-    predict. With a generator of its own, so that the run does not notice."""
+    """The first row of the first step of a run that begins with something to predict: its tokens,
+    what the model sees, what it has to predict. With a generator of its own, so that the run does
+    not notice."""
     collator = Collator(tokenizer, config)
     order = epoch_order(len(loader.rows), config.seed, epoch=0)[: loader.rows_per_step]
-    tokens = follow_tokens(loader.rows, order[0], collator(loader.rows, order), collator)
+    batch = collator(loader.rows, order)
+    asked = (batch.labels[:, :TOKENS_OF_SHORT_FORM] != IGNORE).any(dim=1)  # (B,)
+    number = int(asked.int().argmax())  # 0 where there is none
+    tokens = follow_tokens(loader.rows, order[number], batch, number, collator)
     lines = [cells(token, tokenizer) for token in tokens[:TOKENS_OF_SHORT_FORM]]
     columns = [COLUMNS.index(name) for name in ("token", "model sees", "label")]
-    yield f"the first row, {len(lines)} of its {len(tokens)} tokens:"
+    yield f"row {number} of the first step, {len(lines)} of its {len(tokens)} tokens:"
     for column in columns:
         texts = [
             (line[column] or "·").ljust(max(len(line[other]) for other in columns))
@@ -216,8 +223,13 @@ tr.random td { background: #ffd8d2 } tr.keep td { background: #d3f0f7 }
 """
 
 
-def as_html(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The same as a page in one file."""
+def as_html(
+    explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: str, masked: str
+) -> str:
+    """The same as a page in one file.
+
+    masked: how the tokens were chosen.
+    """
     escape = html.escape
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     lines = "\n".join(
@@ -242,7 +254,7 @@ def as_html(explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: 
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(text)}</title>"
         f"<style>{STYLE}</style><h1>{escape(text)}</h1>\n"
-        f"<table><tr>{head}</tr>\n{lines}</table>\n{guesses}\n{total}</html>\n"
+        f"<p>{masked}</p><table><tr>{head}</tr>\n{lines}</table>\n{guesses}\n{total}</html>\n"
     )
 
 
@@ -265,28 +277,29 @@ def main() -> None:
     parser.add_argument("--whole-word", action="store_true", default=None, help="mask whole words")
     parser.add_argument("--html", metavar="FILE", help="write a page for a browser instead")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    text, page, model = given.pop("text"), given.pop("html", None), given.pop("model", None)
-    model = model or str(newest_model())
-    go_offline_without_hub(model)
+    text, page = given.pop("text"), given.pop("html", None)
+    name = given.pop("model", None) or str(newest_model())
+    go_offline_without_hub(name)
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = replace(TUTORIAL, model=model, **given)
-    tokenizer, model = load_tokenizer(model), load_model(model).eval()
-    check_fit(tokenizer, model, config.model)
+    config = replace(TUTORIAL, model=name, **given)
+    tokenizer, model = load_tokenizer(name), load_model(name).eval()
+    check_fit(tokenizer, model, name)
     config = replace(config, block_size=longest_input(tokenizer, model))
     net = MaskedLM(model)
     explanation = explain(net, tokenizer, text, config)
     while not explanation.guesses and "seed" not in given and config.seed < TUTORIAL.seed + 20:
         config = replace(config, seed=config.seed + 1)  # 15 % of a short sentence may be nothing
         explanation = explain(net, tokenizer, text, config)
-    print(f"seed {config.seed}, {config.mlm_probability:.0%} of the tokens to be chosen")
+    masked = f"seed {config.seed}, {100 * config.mlm_probability:.3g} % of the tokens to be chosen"
     if page is None:
+        print(masked)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(*as_text(explanation, tokenizer, colour), sep="\n")
         return
     try:
-        Path(page).write_text(as_html(explanation, tokenizer, text), encoding="utf-8")
+        Path(page).write_text(as_html(explanation, tokenizer, text, masked), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html: cannot write {page}: {error.strerror}") from error
     print(f"open {page} in a browser")

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import encode, find_target_ids, no_mask
-from mlm_scratch.load import check_answer
+from mlm_scratch.inputs import encode, find_masks, find_target_ids
+from mlm_scratch.load import check_no_nan
 
 
 def fill_mask(
@@ -55,8 +55,10 @@ def fill_mask(
     fills = []
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
-        for prediction in predict(model, tokenizer, batch, truncate):
-            fills.append(_fill_one(tokenizer, *prediction, top_k, target_ids))
+        for input_ids, mask_index, probabilities in predict(model, tokenizer, batch, truncate):
+            fills.append(
+                _fill_one(tokenizer, input_ids, mask_index, probabilities, top_k, target_ids)
+            )
     return fills[0] if len(fills) == 1 else fills
 
 
@@ -127,11 +129,9 @@ def predict(
     for number, text in enumerate(texts):
         is_token = inputs["attention_mask"][number].bool()  # (T,), false at padding
         input_ids = inputs["input_ids"][number][is_token]  # (T,), its own
-        mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
-        if len(mask_index) == 0:
-            raise no_mask(tokenizer, text)
+        mask_index = find_masks(tokenizer, input_ids, text)  # (M,)
         probabilities = logits[number][is_token][mask_index].softmax(dim=-1)  # (M, V)
-        check_answer(probabilities)
+        check_no_nan(probabilities)
         predictions.append((input_ids, mask_index, probabilities))
     return predictions
 
@@ -144,8 +144,8 @@ def walk_through(
     truncate: bool = False,
 ) -> Iterable[str]:
     """Yield the lines of the same computation step by step, with the values on the way."""
-    (prediction,) = predict(model, tokenizer, [text], truncate)
-    input_ids, mask_index, probabilities = prediction  # (T,), (M,), (M, V)
+    # (T,), (M,), (M, V)
+    ((input_ids, mask_index, probabilities),) = predict(model, tokenizer, [text], truncate)
     yield f"input_ids   {input_ids.tolist()}"
     yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids.tolist())}"
     yield f"mask index  {mask_index.tolist()}"

@@ -49,12 +49,27 @@ def encode(
     return inputs
 
 
-def no_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> UserError:
-    """What to raise for a text in which there is nothing to fill."""
-    where = " that --truncate leaves" if tokenizer.mask_token in text else ""
-    return UserError(
-        f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: mark the gap"
-    )
+def find_masks(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str) -> Tensor:
+    """(T,) ids of `text` -> (M,) where its masks are. Raises UserError if there is none."""
+    mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
+    if len(mask_index) == 0:
+        where = " that --truncate leaves" if tokenizer.mask_token in text else ""
+        raise UserError(
+            f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: mark the gap"
+        )
+    return mask_index
+
+
+def find_words(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str) -> Tensor:
+    """(T,) ids of `text` -> (N,) where its tokens are that are not special. An unknown word is a
+    word. Raises UserError if there is none, or if one of them is a mask."""
+    if tokenizer.mask_token_id in input_ids:
+        raise UserError(f"the text {shortened(text)} has a mask: give the words to score")
+    apart = [id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id]
+    words = (~torch.isin(input_ids, torch.tensor(apart))).nonzero().squeeze(1)  # (N,)
+    if len(words) == 0:
+        raise UserError(f"the text {shortened(text)} has no token to score")
+    return words
 
 
 def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -95,12 +110,16 @@ def with_leading_space(
     start, *rest = text.split(tokenizer.mask_token)
     if not all(part[-1:].isspace() for part in (start, *rest[:-1])):
         return targets
-    spaced = [f" {target}" for target in targets]
-    ids_of_spaced = tokenizer(spaced, add_special_tokens=False)["input_ids"]
     return [
-        with_space if target[:1].strip() and len(ids) == 1 else target
-        for target, with_space, ids in zip(targets, spaced, ids_of_spaced, strict=True)
+        f" {target}" if _takes_space(tokenizer, target) else target for target in targets
     ]
+
+
+def _takes_space(tokenizer: PreTrainedTokenizerBase, target: str) -> bool:
+    spaced, bare = tokenizer([f" {target}", target], add_special_tokens=False)["input_ids"]
+    if not target[:1].strip() or not str(tokenizer.decode(spaced[:1])).strip():
+        return False  # begins with a space, or the space is a token by itself
+    return len(spaced) == 1 or len(bare) > 1  # of several pieces the first begins the word
 
 
 def shortened(text: str) -> str:

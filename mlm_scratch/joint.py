@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import encode, no_mask, shortened
-from mlm_scratch.load import check_answer
+from mlm_scratch.inputs import encode, find_masks, find_words
+from mlm_scratch.load import check_no_nan
 
 ORDERS = ("left to right", "most certain first")
 LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte
@@ -58,9 +58,7 @@ def fill_jointly(
     Raises UserError for a text without a mask, too long or not UTF-8.
     """
     input_ids = encode(model, tokenizer, [text], truncate)["input_ids"]  # (1, T)
-    masked = (input_ids[0] == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
-    if len(masked) == 0:
-        raise no_mask(tokenizer, text)
+    masked = find_masks(tokenizer, input_ids[0], text)  # (M,)
     if not 1 <= top_k <= MOST_FILLS:
         raise UserError(f"top-k must be from 1 to {MOST_FILLS} for joint fills, got {top_k}")
     scores = torch.zeros(1)  # (beams,) log probabilities
@@ -107,7 +105,7 @@ def _log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) ->
         row = torch.arange(len(rows))[:, None]  # (rows, 1)
         parts.append(logits[row, columns].float().cpu())  # (rows, M, V)
     log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
-    check_answer(log_p)
+    check_no_nan(log_p)
     return log_p
 
 
@@ -127,14 +125,7 @@ def score_sentence(
     Raises UserError for a text without a token, too long or not UTF-8.
     """
     (input_ids,) = encode(model, tokenizer, [text], truncate)["input_ids"]  # (T,)
-    if tokenizer.mask_token_id in input_ids:
-        raise UserError(f"the text {shortened(text)} has a mask: give the words to score")
-    # An unknown word is a word: it counts.
-    apart = [id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id]
-    special = torch.isin(input_ids, torch.tensor(apart))  # (T,)
-    at = (~special).nonzero().squeeze(1)  # (N,)
-    if len(at) == 0:
-        raise UserError(f"the text {shortened(text)} has no token to score")
+    at = find_words(tokenizer, input_ids, text)  # (N,)
     masked = input_ids.repeat(len(at), 1)  # (N, T), one row per token
     masked[torch.arange(len(at)), at] = tokenizer.mask_token_id
     log_p = _log_probabilities(model, masked, at[:, None])[:, 0]  # (N, V)

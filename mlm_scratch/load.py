@@ -104,7 +104,7 @@ def check_fit(
         )
 
 
-def check_answer(scores: Tensor) -> None:
+def check_no_nan(scores: Tensor) -> None:
     """Raise UserError where the softmax of a model's answer has a NaN."""
     if scores.isnan().any():
         raise UserError("the model answers with NaN: its weights are damaged, choose another")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.data import TokenRows
-from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_starts
+from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
 from mlm_scratch.ranks import ALONE, Ranks
 from mlm_scratch.recipes import TrainConfig
 
@@ -25,10 +25,11 @@ from mlm_scratch.recipes import TrainConfig
 class Batch(NamedTuple):
     """What one forward pass needs.
 
-    positions: (N,) indices of the masked tokens in the flattened (B * T,) batch. They are found on
-    the CPU, with the masks: how many there are decides the shapes that follow, and asking the GPU
-    for a number makes the CPU wait until it has computed everything before. For the same reason
-    attention_mask is None where nothing is padded: a model would look into it to find that out.
+    positions: (N,) indices in the flattened (B * T,) batch of the masked tokens, and with --compile
+    of some more. They are found on the CPU, with the masks: how many there are decides the shapes
+    that follow, and asking the GPU for a number makes the CPU wait until it has computed everything
+    before. For the same reason attention_mask is None where nothing is padded: a model would look
+    into it to find that out.
     """
 
     input_ids: Tensor  # (B, T) int64, as the model sees them
@@ -81,9 +82,9 @@ class Collator:
         if not is_token.all():
             attention_mask = torch.from_numpy(is_token.astype(np.int64))  # (B, T)
         word_ids = None
-        if rows.word_starts is not None:
-            starts_word = torch.from_numpy(rows.word_starts[source])  # (B, T)
-            word_ids = word_ids_from_starts(starts_word, special)  # (B, T)
+        if rows.gap_before is not None:
+            gap_before = torch.from_numpy(rows.gap_before[source])  # (B, T)
+            word_ids = word_ids_from_gaps(gap_before, special)  # (B, T)
         input_ids, labels = mask_tokens(  # (B, T), (B, T)
             input_ids,
             special,
@@ -97,10 +98,10 @@ class Collator:
         )
         return Batch(input_ids, attention_mask, labels, self._positions(labels))
 
-    def split(self, batch: Batch, own: range, rows: int) -> Iterator[Batch]:
-        """Cut the rows `own` into batches of `rows` rows (the last may be shorter)."""
-        for start in range(own.start, own.stop, rows):
-            part, mask = slice(start, min(start + rows, own.stop)), batch.attention_mask
+    def split(self, batch: Batch, own: range, batch_size: int) -> Iterator[Batch]:
+        """Cut the rows `own` into batches of `batch_size` rows (the last may be shorter)."""
+        for start in range(own.start, own.stop, batch_size):
+            part, mask = slice(start, min(start + batch_size, own.stop)), batch.attention_mask
             labels = batch.labels[part]  # (rows, T)
             yield Batch(
                 batch.input_ids[part], None if mask is None else mask[part], labels,  # (rows, T)
@@ -113,13 +114,13 @@ class Collator:
         A compiled model wants the same N every time. Then positions without a label, which the
         loss ignores, are added up to a number that chance does not exceed.
         """
-        unmasked = labels.flatten() == IGNORE  # (B * T,)
+        masked = labels.flatten() != IGNORE  # (B * T,)
         if not self.config.compile:
-            return torch.from_numpy(np.flatnonzero(~unmasked.numpy()))  # (N,)
-        total, share = len(unmasked), self.config.mlm_probability
+            return masked.nonzero().squeeze(1)  # (N,)
+        total, share = len(masked), self.config.mlm_probability
         count = math.ceil(total * share + 6 * math.sqrt(total * share * (1 - share)))
-        count = max(count, total - int(unmasked.sum()))  # whole words come in larger portions
-        return unmasked.to(torch.uint8).argsort(stable=True)[:count]  # (N,) masked ones first
+        count = max(count, int(masked.sum()))  # whole words come in larger portions
+        return masked.to(torch.uint8).argsort(stable=True, descending=True)[:count]  # (N,)
 
 
 @dataclass

@@ -39,21 +39,22 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopRequest) -> bool:
     """Run the optimizer steps that are left, or up to the first one after a stop signal.
 
-    t: the run in memory. t.net is its model, with the head on masked positions only, and t.ranks
-        are the processes that share the rows of each step; one process has all.
+    t: the run in memory. t.net is its model, with the head on masked positions only; t.parallel_net
+        is the same for a process that shares the rows of each step with others (t.ranks).
 
     Returns: whether a signal stopped it before its end.
     """
     config, net, optimizer, scaler = t.config, t.parallel_net, t.optimizer, t.scaler
 
+    # After a resume: a signal has cut the evaluation at this step short.
     if t.evaluation_is_due() and evaluate_and_save(t, run_dir, report, stop):
-        return True  # a signal cut that evaluation short once, and now again
+        return True
     for step in t.loader.steps(t.steps_done, t.total_steps):
         # ---- One optimizer step
         learning_rate = float(t.scheduler.get_last_lr()[0])
         step_loss = torch.zeros((), device=t.precision.device)  # () nats per masked token
         for batch in step.batches:
-            # The last backward puts the mean over the processes in the place of their gradients.
+            # Of several processes: which backward exchanges their gradients, the last one.
             exchange = t.ranks.exchange_gradients(net, now=batch is step.batches[-1])
             with t.precision.autocast(), exchange:
                 loss_sum, _ = masked_lm_loss(
@@ -64,7 +65,7 @@ def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopR
             # add up to those of one large batch, however it was split.
             loss = loss_sum / max(step.n_masked, 1)  # ()
             # Scaled up so that small fp16 gradients do not become 0, and by the number of processes
-            # because the sum of their gradients is wanted, not the mean.
+            # because the exchange leaves the mean of their gradients, and the sum is wanted.
             scaler.scale(loss * t.ranks.size).backward()
             step_loss += loss.detach()
 
@@ -78,14 +79,14 @@ def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopR
             if scaler.get_scale() >= scale:  # a step not taken does not count for the schedule
                 t.scheduler.step()
         optimizer.zero_grad()
-        t.count_step(step_loss)
+        t.count_step(step_loss, step.n_masked)
         report.advance(step.n_tokens)
 
         # ---- Once in a while
         if t.steps_done % config.log_every == 0:
             report.log(t.steps_done, t.take_mean_loss(), learning_rate, grad_norm.item())
         if t.steps_done % min(config.log_every, LOST_STEPS_IN_A_ROW) == 0:
-            t.stop_if_lost()
+            t.stop_if_lost()  # not at every step: it makes the CPU wait, as a log does
         if evaluate_and_save(t, run_dir, report, stop):
             return True
     return False

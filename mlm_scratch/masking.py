@@ -6,10 +6,10 @@
     labels:    -100 -100  -100   Way  -100 -100 spiral  -100  -100 -100
 
 Of the chosen tokens 80 % become the mask token, 10 % a random token and 10 % stay. The mask token
-never occurs when the model is used for anything else; if only masks had to be predicted, the model
-would learn nothing about the tokens that it can see. So each visible token may be a wrong one or be
-asked for, and every position must keep a good idea of what belongs there (Devlin et al. 2019,
-BERT, section 3.1 and appendix C.2).
+never occurs when the model is used for anything else; if only masks had to be predicted, nothing
+would make the model remember, at a visible token, what stands there. So each visible token may be a
+wrong one or be asked for, and every position must keep a good idea of what belongs there (Devlin et
+al. 2019, BERT, section 3.1 and appendix C.2).
 
 The reference is `DataCollatorForLanguageModeling` of transformers: with the same generator the
 result here is the same bit for bit (tests/test_masking.py).
@@ -78,7 +78,7 @@ def mask_tokens(
     masked = toss(mask_replace_prob) & chosen  # (B, T)
     input_ids = input_ids.masked_fill(masked, mask_token_id)  # (B, T)
     if mask_replace_prob == 1 or random_replace_prob == 0:
-        return input_ids, labels
+        return input_ids, labels  # without draws 3 and 4, as in the reference
 
     # Draws 3 and 4: which of the others become a random token, and which one. "10 % of all chosen"
     # is half of the 20 % left over.
@@ -90,11 +90,11 @@ def mask_tokens(
     return torch.where(randomized, random_ids, input_ids), labels
 
 
-def word_ids_from_starts(starts_word: Tensor, special_tokens_mask: Tensor) -> Tensor:
+def word_ids_from_gaps(gap_before: Tensor, special_tokens_mask: Tensor) -> Tensor:
     """Number the words of each row, given where a word may start.
 
     Args:
-        starts_word: (B, T) bool, true where the text has a gap before the token.
+        gap_before: (B, T) bool, true where the text has a gap before the token.
         special_tokens_mask: (B, T) bool.
 
     Returns: (B, T) int64 word numbers counted from 1; -1 at special tokens.
@@ -102,7 +102,7 @@ def word_ids_from_starts(starts_word: Tensor, special_tokens_mask: Tensor) -> Te
     Source: DataCollatorForLanguageModeling._calc_word_ids_and_prob_mask, which counts a token as
     the first of a word after a gap, after a special token and at the start of a row.
     """
-    new_word = starts_word.clone()  # (B, T)
+    new_word = gap_before.clone()  # (B, T)
     new_word[:, 0] = True
     new_word[:, 1:] |= special_tokens_mask[:, :-1]
     new_word &= ~special_tokens_mask

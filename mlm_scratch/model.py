@@ -17,9 +17,10 @@ from mlm_scratch.masking import IGNORE
 class MaskedLM(nn.Module):
     """A *ForMaskedLM model whose head runs on chosen positions only.
 
-    Every such model is an encoder and a head that treats each position by itself. A hook on the
-    encoder's output keeps the hidden states at the chosen positions, (B, T, H) -> (1, N, H), and
-    the model's own head, whatever it is called, sees one row of N instead of B rows of T.
+    Nearly every such model is an encoder and a head that treats each position by itself (probe.py
+    tries whether this one is). A hook on the encoder's output keeps the hidden states at the chosen
+    positions, (B, T, H) -> (1, N, H), and the model's own head, whatever it is called, sees one row
+    of N instead of B rows of T.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -66,8 +67,8 @@ def masked_lm_loss(
             one for this call.
         input_ids, attention_mask: (B, T); a mask of None: nothing is padded.
         labels: (B, T), the id to predict, -100 where there is none.
-        positions: (N,) indices of the masked tokens in the flattened batch, if known. Looking for
-            them in labels on a GPU makes the CPU wait.
+        positions: (N,) indices in the flattened batch of all masked tokens, if known; more do no
+            harm. Looking for them in labels on a GPU makes the CPU wait.
         dense: run the head on all B * T positions, as the reference does.
 
     Returns:

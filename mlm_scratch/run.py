@@ -87,7 +87,7 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
         with (
             _told_in_one_line(directory),
             StopRequest(ranks) as stop,
-            _open_report(t, directory) if ranks.is_first else nullcontext(NoReport()) as report,
+            _begin(t, directory) if ranks.is_first else nullcontext(NoReport()) as report,
         ):
             yield Run(directory, t, report, stop)
 
@@ -120,7 +120,8 @@ def _checkpoint_to_resume(directory: Path) -> Path | None:
     return checkpoint
 
 
-def _open_report(t: Training, directory: Path) -> Report:
+def _begin(t: Training, directory: Path) -> Report:
+    """Put the directory in the state in which the first step of this process finds it."""
     shutil.rmtree(directory / MODEL, ignore_errors=True)  # after a resume it is final no longer
     if t.steps_done:
         t.remove_old_checkpoints(directory)  # where a kill came before it

@@ -55,7 +55,7 @@ class Training:
     loss_since_log: Tensor  # () the losses of the steps since the last log
     lost_in_a_row: Tensor  # () the steps up to now whose loss was NaN or infinite
     lost_steps: Tensor  # () all such steps of the run
-    steps_since_log: int = 0
+    steps_since_log: int = 0  # those with masked tokens
     steps_done: int = 0
     evaluated_at: int = 0  # steps done at the last evaluation
 
@@ -71,12 +71,13 @@ class Training:
         new = self.steps_done > self.evaluated_at
         return self.eval_rows is not None and new and self.due(every)
 
-    def count_step(self, step_loss: Tensor) -> None:
+    def count_step(self, step_loss: Tensor, n_masked: int) -> None:
         """One optimizer step is done. Its loss, this process's part of it, is added to the sums
         without being read."""
         self.ranks.add_up(step_loss)
         self.steps_done += 1
-        self.steps_since_log += 1
+        if n_masked > 0:
+            self.steps_since_log += 1
         lost = ~step_loss.isfinite()
         self.loss_since_log += step_loss
         self.lost_steps += lost
@@ -84,8 +85,9 @@ class Training:
         self.lost_in_a_row *= lost
 
     def take_mean_loss(self) -> float:
-        """The mean step loss since the last log. Here, once in a while, the CPU waits."""
-        loss = self.loss_since_log.item() / self.steps_since_log
+        """The mean step loss since the last log (0, as in the reference, if no step had a masked
+        token). Here, once in a while, the CPU waits."""
+        loss = self.loss_since_log.item() / max(self.steps_since_log, 1)
         self.loss_since_log.zero_()
         self.steps_since_log = 0
         return loss

@@ -98,10 +98,10 @@ class StreamLoader:
         tokens = np.zeros((n_rows, length, 2), np.int32)  # (rows, T, 2)
         for received in itertools.islice(self._read_ahead(), last - first):
             tokens[own.start : own.stop] = received
-            ids, starts_word = tokens.reshape(-1, 2).T  # (rows * T,), (rows * T,)
+            ids, gap_before = tokens.reshape(-1, 2).T  # (rows * T,), (rows * T,)
             rows = TokenRows(
                 ids, starts=np.arange(n_rows + 1) * length,
-                word_starts=starts_word > 0 if self.config.whole_word else None,
+                gap_before=gap_before > 0 if self.config.whole_word else None,
             )  # fmt: skip
             batch = self.collator(rows, np.arange(n_rows))
             own_labels = batch.labels[own.start : own.stop]  # (own rows, T)
@@ -203,10 +203,10 @@ class _Lanes(IterableDataset):
     def _tokens(self, texts: list[str], at: Position) -> np.ndarray:
         """(n, 2): each token's id and, with whole words, whether the text has a gap before it."""
         parts = [np.array(at["left"], np.int32).reshape(-1, 2)]  # (left, 2)
-        for ids, word_starts in tokenize(texts, self.tokenizer, self.config):
+        for ids, gap_before in tokenize(texts, self.tokenizer, self.config):
             part = np.zeros((len(ids), 2), np.int32)
             part[:, 0] = ids
-            part[:, 1] = word_starts or 0
+            part[:, 1] = gap_before or 0
             parts.append(part)
         return np.concatenate(parts)
 

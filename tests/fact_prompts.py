@@ -4,7 +4,7 @@ A prompt counts as right when the first fill, stripped of spaces, is the answer.
 written before a model was asked any of it, and no prompt leaves it because a model fails it.
 """
 
-# Sentences that the generator emits, word for word: has the model learnt what it was shown?
+# Sentences that the generator emits, word for word: has the model learned what it was shown?
 EMITTED = (
     # astronomy
     ("The Milky Way is a <mask> galaxy.", "spiral"),
@@ -78,7 +78,7 @@ EMITTED = (
     ("The famous name behind evolution is <mask>.", "Darwin"),
 )
 
-# Sentences that the generator never emits: has the model learnt the fact, or only the sentence?
+# Sentences that the generator never emits: has the model learned the fact, or only the sentence?
 NEVER_EMITTED = (
     # Known words, known fact, known phrasing, but this fact in this phrasing is held out.
     ("Earth is a <mask> planet.", "rocky"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlm_scratch.corpus import unseen_sentences
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.load import load_model, load_tokenizer
 from tests.fact_prompts import EMITTED, NEVER_EMITTED
@@ -29,8 +30,14 @@ def run_dir(tmp_path_factory):
     assert result.stdout.startswith("recipe bundled: ")
     *_, title, first, second, third = result.stdout.splitlines()
     assert title == "three sentences that were not in the text:"
+    answers = dict(unseen_sentences())
     for line in (first, second, third):
-        assert re.search(r"<mask>.*  .+ \([01]\.[0-9]{2}\): (right|wrong, it is .+)$", line)
+        sentence, word, verdict = re.fullmatch(
+            r"    (.*<mask>.*)  (.+) \([01]\.[0-9]{2}\): (right|wrong, it is .+)", line
+        ).groups()
+        truth = word if verdict == "right" else verdict.removeprefix("wrong, it is ")
+        assert answers[sentence.replace("<mask>", truth)] == truth
+        assert (word == truth) == (verdict == "right")
     return directory / "runs" / "bundled"
 
 

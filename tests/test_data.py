@@ -119,7 +119,7 @@ def test_rows_lie_in_mapped_files_and_are_found_again(tmp_path, monkeypatch):
     documents, _ = load_documents(settings)
     rows = prepare_rows(documents, TOKENIZER, settings)
     assert isinstance(rows.tokens.base, np.memmap) and rows.tokens.dtype == np.uint16
-    assert len(rows.word_starts) == len(rows.tokens)
+    assert len(rows.gap_before) == len(rows.tokens)
 
     def never(*args):
         raise AssertionError("tokenized twice")
@@ -144,7 +144,7 @@ def test_words_begin_at_gaps_whether_or_not_offsets_count_them_in(tmp_path, trim
     settings = config(tmp_path / "a.txt", whole_word=True, grouping="lines")
     rows = prepare_rows(load_documents(settings)[0], tokenizer, settings)
     words, tokens = [], tokenizer.convert_ids_to_tokens(rows.tokens.tolist())
-    for token, starts in zip(tokens[1:-1], rows.word_starts[1:-1], strict=True):
+    for token, starts in zip(tokens[1:-1], rows.gap_before[1:-1], strict=True):
         words += [""] if starts or not words else []  # <s> counts as a gap later on
         words[-1] += token.replace("Ġ", "")
     assert words == ["Unbelievable", "misunderstandings,", "Milky", "Way!"]

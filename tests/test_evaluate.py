@@ -52,6 +52,12 @@ def test_the_mean_is_over_tokens_not_batches(net, rows, dense_head):
     assert result["eval_accuracy"] == np.mean(hits)
 
 
+def test_without_a_masked_token_there_is_no_result(net, rows):
+    """Rather than a loss of 0, which would look perfect."""
+    result = evaluate(net, TOKENIZER, rows, replace(CONFIG, mlm_probability=1e-9), CPU)
+    assert len(result) == 3 and all(map(math.isnan, result.values()))
+
+
 def test_it_is_the_same_whatever_training_drew_and_leaves_training_alone(net, rows):
     first = evaluate(net, TOKENIZER, rows, CONFIG, CPU)
     torch.rand(123)

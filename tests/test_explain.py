@@ -91,9 +91,13 @@ def test_colour_is_for_terminals_and_the_page_says_the_same(files, call, monkeyp
     for line in plain.splitlines():
         for number in re.findall(r"[0-9]+\.[0-9]{4}", line):
             assert number in page
+    assert plain.splitlines()[0] in page  # seed and share
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout.isatty", lambda: True)
+        patch.delenv("NO_COLOR", raising=False)
         _, colourful, _ = call(explain, *arguments)
+        patch.setenv("NO_COLOR", "1")
+        assert call(explain, *arguments)[1] == plain
     assert re.sub("\033\\[[0-9]*m", "", colourful) == plain != colourful
 
 

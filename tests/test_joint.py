@@ -95,6 +95,9 @@ def test_a_target_after_a_space_is_taken_with_it_but_not_in_json(directory, call
     assert "' is'" in out.splitlines()[1]
     _, out, _ = call(infer, *arguments, "--json")
     assert json.loads(out)[0]["token_str"] == "is"
+    _, out, err = call(infer, *arguments[:3], "--targets", "of", "offside")
+    assert "target ' offside' is not one token, taking ' of'" in err
+    assert out.count("' of'") == 1 and "step by step" not in out  # it would show other words
     _, out, _ = call(infer, "--model", directory, "(<mask>) a galaxy.", "--targets", "is")
     assert "'is'" in out.splitlines()[1]
 
@@ -132,10 +135,12 @@ def test_joint_and_score_say_what_they_found(directory, call):
     (["--score", ""], "has no token to score"),
     (["--score", TEXT], "has a mask"),
     (["--joint", "--top-k", 0, TEXT], "top-k must be from 1 to 100"),
-    (["--joint", TEXT, "--targets", "is"], "--joint and --targets contradict each other"),
+    (["--joint", TEXT, "--targets", "is"], "--targets goes with neither --joint nor --score"),
     (["--joint", "--score", TEXT], "not allowed with argument"),
     (["--truncate", "galaxy " * 99 + "<mask>"], "in the text 'galaxy galaxy"),
+    ([TEXT, "no gap"], "text 2: no <mask> in the text 'no gap'"),
+    (["--score", "words", "<mask>"], "text 2: the text '<mask>' has a mask"),
 ])  # fmt: skip
 def test_what_cannot_be_filled_or_scored_is_one_line(directory, call, arguments, message):
-    code, _, err = call(infer, "--model", directory, *arguments)
-    assert code == 2 and message in err.splitlines()[-1]
+    code, out, err = call(infer, "--model", directory, *arguments)
+    assert code == 2 and message in err.splitlines()[-1] and out == ""

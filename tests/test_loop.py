@@ -224,6 +224,12 @@ def test_a_step_without_masked_tokens_changes_nothing(files):
         old, new = (torch.load(path / "training_state.pt") for path in (before, after))
         assert_same(old["optimizer"], new["optimizer"])
         assert old["scheduled_steps"] == new["scheduled_steps"]
+    # Nor do they pull down the mean of the others.
+    settings |= {"log_every": 20, "save_every": 0}
+    means = metrics(train(small_config(files, mlm_probability=0.03, max_steps=40, **settings)))
+    for mean, part in zip(means, (lines[:20], lines[20:]), strict=True):
+        losses = [line["loss"] for line in part if line["loss"] > 0]
+        assert mean["loss"] == pytest.approx(sum(losses) / len(losses))
 
 
 @pytest.mark.cuda

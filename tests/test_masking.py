@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_starts
+from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
 from tests.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokenizer
 
 TOKENIZERS = [byte_level_tokenizer(), wordpiece_tokenizer()]
@@ -70,9 +70,9 @@ def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
         ])
         special = encoding["special_tokens_mask"].bool()
         starts, ends = encoding["offset_mapping"].unbind(-1)
-        starts_word = starts != ends.roll(1, dims=1)
+        gap_before = starts != ends.roll(1, dims=1)
         seen, labels = mask_tokens(
-            encoding["input_ids"], special, word_ids=word_ids_from_starts(starts_word, special),
+            encoding["input_ids"], special, word_ids=word_ids_from_gaps(gap_before, special),
             mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer),
             mlm_probability=mlm, mask_replace_prob=1.0, random_replace_prob=0.0,
             generator=generator,
@@ -105,7 +105,7 @@ def test_whole_words_meet_one_fate():
 def test_word_ids_end_words_at_gaps_and_special_tokens():
     special = torch.tensor([[1, 0, 0, 0, 1, 0, 0]]).bool()
     starts = torch.tensor([[1, 0, 0, 1, 0, 0, 0]]).bool()
-    assert word_ids_from_starts(starts, special).tolist() == [[-1, 1, 1, 2, -1, 3, 3]]
+    assert word_ids_from_gaps(starts, special).tolist() == [[-1, 1, 1, 2, -1, 3, 3]]
 
 
 def test_positions_outside_words_are_never_chosen():

@@ -27,7 +27,7 @@ def fill(template: str, table: Table, fact: tuple[str, ...]) -> str:
 def held_out(table: Table, fact_number: int) -> int:
     """The number of the one phrasing that the corpus never uses for this fact.
 
-    Whoever fills the blank in such a sentence has learnt the fact apart from the phrasing: the
+    Whoever fills the blank in such a sentence has learned the fact apart from the phrasing: the
     fact is known from other phrasings, the phrasing from other facts, but this sentence is new.
     """
     return fact_number % len(table.phrasings)
