@@ -39,6 +39,7 @@ from mlm_scratch.errors import UserError
 from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
 
+ROWS_VERSION = 2  # to be counted up when other rows are made of the same text
 TEXTS_PER_BATCH = 1000  # read and given to the tokenizer at once; it spreads them over the cores
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
               ".parquet": "parquet"}
@@ -297,6 +298,7 @@ def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: Tra
     """A digest of all that decides what the files contain."""
     digest = hashlib.sha256()
     settings = {
+        "version": ROWS_VERSION,
         "text": text_digest,
         "block_size": config.block_size if config.grouping == "lines" else None,
         "grouping": config.grouping,
@@ -397,11 +399,12 @@ def tokenize(
 
 
 def _gaps(text: str, spans: list[tuple[int, int]]) -> list[bool]:
-    """For each token, whether there is a gap before it: its span of characters does not touch the
-    one before, or (some tokenizers count the gap in) begins with a space."""
+    """For each token, whether there is a gap before it: its span of characters begins after the end
+    of the one before, or (some tokenizers count the gap in) with a space. Pieces of one character,
+    as byte-level BPE makes of "’", have the same span."""
     ends = [-1, *(end for _, end in spans)][: len(spans)]
     return [
-        start != end_before or text[start : start + 1].isspace()
+        start > end_before or text[start : start + 1].isspace()
         for (start, _), end_before in zip(spans, ends, strict=True)
     ]
 
