@@ -1,6 +1,7 @@
 """What the user can mend is told in one line; everything else keeps its traceback."""
 
 import argparse
+import errno
 import io
 import os
 import signal
@@ -25,8 +26,9 @@ class OneLineParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and turn what it raises into an exit code.
 
-    Returns: what `main` returned (None counts as 0), 2 after a UserError, 130 after Ctrl-C, 141
-    where nobody reads the output any more. SIGTERM exits with 143.
+    Returns: what `main` returned (None counts as 0), 2 after a UserError or with a disk too full
+    for the output, 130 after Ctrl-C, 141 where nobody reads the output any more. SIGTERM exits
+    with 143.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -34,16 +36,23 @@ def run_command(main: Callable[[], int | None]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "Ġ" or "█" shows a ?
     try:
-        return main() or 0
+        code = main() or 0
+        print(end="", flush=True)  # a full disk shows here at the latest
+        return code
     except UserError as error:
         message = " ".join(str(error).split())  # whatever was quoted in it: one line
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (process {rank})"
         print(f"error{where}: {message}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-        return 128 + signal.SIGPIPE
+        if error.errno == errno.EPIPE:
+            return 128 + signal.SIGPIPE
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

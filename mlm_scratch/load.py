@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -62,8 +61,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
-    """Load the masked-LM of a Hub id or directory in fp32, or build it with random weights.
+def load_model(
+    name: str | Path, init: str = "pretrained", dtype: torch.dtype | str = torch.float32
+) -> PreTrainedModel:
+    """Load the masked-LM of a Hub id or directory, or build it with random weights in fp32.
+
+    dtype: of the weights; "auto" takes them as they were saved.
 
     Raises UserError, also where weights are missing: they would silently start at random.
     """
@@ -72,7 +75,7 @@ def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
             model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
         model, info = AutoModelForMaskedLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         raise UserError(_cannot_load("model", name, error)) from error
@@ -85,6 +88,8 @@ def load_model(name: str | Path, init: str = "pretrained") -> PreTrainedModel:
 
 
 def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
+    if Path(name, "model", "config.json").is_file():
+        return f"{name} is the directory of a run: its model is {Path(name, 'model')}"
     reason = str(error).strip().splitlines()
     return f"cannot load a {what} from {name}: {reason[0] if reason else type(error).__name__}"
 
@@ -97,8 +102,10 @@ def check_fit(
         raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"the tokenizer of {name} knows no words: its vocabulary file is missing")
-    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    if len(tokenizer) > rows:
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)  # (V, H)
+    if not isinstance(embeddings, Tensor):
+        raise UserError(f"{name} has no table of token embeddings: choose another model")
+    if len(tokenizer) > (rows := len(embeddings)):
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
         )
@@ -116,8 +123,9 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     if (configured := getattr(model.config, "max_position_embeddings", None) or 0) > 0:
         limits.append(configured)
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        weight = getattr(module, "weight", None)  # (positions, H)
+        if name.endswith("position_embeddings") and isinstance(weight, Tensor):
             # RoBERTa and its kin count positions from padding_idx + 1: 514 rows hold 512 tokens.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(module.num_embeddings - first)
+            padding_idx = getattr(module, "padding_idx", None)
+            limits.append(len(weight) - (0 if padding_idx is None else padding_idx + 1))
     return min(limits)

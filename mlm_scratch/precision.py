@@ -49,6 +49,8 @@ def choose_precision(device_name: str, precision: str) -> Precision:
         raise UserError(f"--device {device_name}: several processes cannot share one GPU: say cuda")
     try:
         device = torch.device(device_name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -56,8 +58,6 @@ def choose_precision(device_name: str, precision: str) -> Precision:
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where NCCL and new tensors go
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device_name} cannot be used: only cpu and cuda can")
     if precision == "auto":
         if device.type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -232,6 +232,9 @@ TEXTS = [
     ([MILKY_WAY, "--top-k", "x"], "--top-k: invalid int value: 'x'"),
     ([MILKY_WAY, "--device", "abacus"], "--device abacus cannot be used"),
     ([MILKY_WAY, "--targets", ""], "none of the targets"),
+    ([MILKY_WAY, "--targets", "\udcff"], "the target '\\udcff' is not UTF-8"),
+    (["--targets", "is", MILKY_WAY], "no text: it has to come before --targets"),
+    ([MILKY_WAY, "--model", ""], "cannot load a tokenizer from"),
     ([MILKY_WAY, "--json", "--model"], "--model: expected one argument"),
 ]
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, BertConfig, BertModel
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertModel,
+    IBertConfig,
+    PerceiverConfig,
+    PerceiverForMaskedLM,
+)
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
@@ -94,6 +101,11 @@ def test_longest_input():
     assert longest_input(wordpiece_tokenizer(), bert) == 40
     small = AutoModelForMaskedLM.from_config(small_modernbert(tokenizer))
     assert longest_input(tokenizer, small) == 512
+    ibert = AutoModelForMaskedLM.from_config(IBertConfig(
+        vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=42,
+    ))  # fmt: skip
+    assert longest_input(tokenizer, ibert) == 40  # its tables of embeddings are of its own class
 
 
 def test_loading_gives_back_what_was_saved_in_fp32(tmp_path):
@@ -143,6 +155,12 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
     small = roberta(tokenizer, vocab_size=300)
     with pytest.raises(UserError, match="has 320 tokens, its model only 300 embeddings"):
         check_fit(tokenizer, small, "x")
+    perceiver = PerceiverForMaskedLM(PerceiverConfig(
+        vocab_size=320, d_model=8, num_latents=4, d_latents=8, num_self_attends_per_block=1,
+        num_self_attention_heads=1, num_cross_attention_heads=1, max_position_embeddings=16,
+    ))  # fmt: skip
+    with pytest.raises(UserError, match="has no table of token embeddings"):
+        check_fit(tokenizer, perceiver, "x")
     tokenizer.mask_token = None
     with pytest.raises(UserError, match="has no mask token"):
         check_fit(tokenizer, model, "x")
