@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -31,9 +32,11 @@ def main() -> None:
     texts = arguments.texts or read_texts()
     if arguments.targets and arguments.show is not show_fills:
         raise UserError("--targets goes with neither --joint nor --score: leave it out")
+    if not texts and arguments.targets:
+        raise UserError('no text: it has to come before --targets, or after them and a "--"')
     if not texts:
         raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
-    model_name = arguments.model or newest_model()
+    model_name = newest_model() if arguments.model is None else arguments.model
     go_offline_without_hub(str(model_name))
 
     # Only now: these imports take seconds, and what was wrong so far is told at once.
@@ -47,7 +50,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = choose_precision(arguments.device, "fp32").device
-    tokenizer, model = load_tokenizer(model_name), load_model(model_name).eval().to(device)
+    tokenizer = load_tokenizer(model_name)
+    model = load_model(model_name, dtype="auto").eval().to(device)
     check_fit(tokenizer, model, model_name)
     texts = [use_own_mask(tokenizer, text) for text in texts]
     check_texts(model, tokenizer, texts, arguments)
@@ -56,7 +60,8 @@ def main() -> None:
             model, tokenizer, texts, top_k=arguments.top_k, targets=arguments.targets,
             truncate=arguments.truncate,
         )
-        print(json.dumps(fills, ensure_ascii=False, indent=2))
+        can_show_all = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(json.dumps(fills, ensure_ascii=not can_show_all, indent=2))
     else:
         show_all(model, tokenizer, texts, arguments)
 
@@ -86,10 +91,12 @@ def show_all(
     arguments: argparse.Namespace,
 ) -> None:
     """Print what is asked of each text, BATCH of them at a time, with a bar if they are many."""
-    from mlm_scratch.inputs import ignores_padding
+    from mlm_scratch.probe import ignores_padding
     from mlm_scratch.progress import progress_bar
 
-    size = 1 if arguments.targets or not ignores_padding(model, tokenizer) else BATCH
+    # Targets may be spelled otherwise in each text; joint fills and scores are batches themselves.
+    one_by_one = arguments.targets or arguments.show is not show_fills
+    size = 1 if one_by_one or not ignores_padding(model, tokenizer) else BATCH
     at_once = len(texts) <= size
     with progress_bar(total=len(texts), unit=" texts", leave=False, disable=at_once) as bar:
         for start in range(0, len(texts), size):
@@ -118,30 +125,61 @@ def show_fills(
     """The fills of each text; of one named on the command line also the way to them, unless that is
     cut short by targets."""
     from mlm_scratch.fill_mask import fill_mask, walk_through
-    from mlm_scratch.inputs import with_leading_space
 
-    targets = arguments.targets
-    if targets:  # which may be others for each text, so then there is one
-        (text,) = texts
-        targets = with_leading_space(tokenizer, targets, text)
-    fills = fill_mask(
-        model, tokenizer, texts, top_k=arguments.top_k, targets=targets,
-        truncate=arguments.truncate, batch_size=len(texts),
-    )
-    for text, text_fills in zip(texts, fills if len(texts) > 1 else [fills], strict=True):
+    if arguments.targets:
+        fills = [fill_with_targets(model, tokenizer, text, arguments) for text in texts]
+    else:
+        fills = fill_mask(
+            model, tokenizer, texts, top_k=arguments.top_k, truncate=arguments.truncate,
+            batch_size=len(texts),
+        )
+        fills = fills if len(texts) > 1 else [fills]
+    for text, text_fills in zip(texts, fills, strict=True):
         yield text
         several = isinstance(text_fills[0], list)
         for number, mask_fills in enumerate(text_fills if several else [text_fills], start=1):
             if several:
                 yield f"  mask {number}"
             yield from (f"  {line_of(fill)}" for fill in mask_fills)
-        if arguments.texts and not targets:
+        if arguments.texts and not arguments.targets:
             yield "\nstep by step"
             for line in walk_through(
                 model, tokenizer, text, arguments.top_k, arguments.truncate
             ):
                 yield f"  {line}"
         yield ""
+
+
+def fill_with_targets(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    arguments: argparse.Namespace,
+) -> list:
+    """What fill_mask returns, with the targets spelled for each mask as the text before it asks."""
+    from mlm_scratch.fill_mask import fill_mask
+    from mlm_scratch.inputs import encode, find_masks, spell_target
+
+    (input_ids,) = encode(model, tokenizer, [text], arguments.truncate)["input_ids"]  # (T,)
+    n_masks = len(find_masks(tokenizer, input_ids, text))  # that --truncate leaves
+    masks = list(re.finditer(re.escape(tokenizer.mask_token), text))[:n_masks]
+    spelled = [
+        tuple(
+            spell_target(tokenizer, target, before=text[: mask.start()])
+            for target in arguments.targets
+        )
+        for mask in masks
+    ]  # the targets of each mask
+    fills = {
+        targets: fill_mask(
+            model, tokenizer, text, top_k=arguments.top_k, targets=list(targets),
+            truncate=arguments.truncate,
+        )
+        for targets in dict.fromkeys(spelled)
+    }
+    if len(fills) == 1:
+        return fills[spelled[0]]
+    return [fills[targets][number] for number, targets in enumerate(spelled)]
 
 
 def show_joint(
@@ -180,7 +218,7 @@ def show_score(
         total = sum(score for _, score in scores)
         yield text
         for token, score in scores:
-            yield f"  {score:9.4f}  p {math.exp(score):.4f}  {tokenizer.decode([token])!r}"
+            yield f"  {score:9.4f}  p {math.exp(score):<9.4g}  {tokenizer.decode([token])!r}"
         yield (
             f"  {total:9.4f}  pseudo-log-likelihood of {len(scores)} tokens, pseudo-perplexity "
             f"{math.exp(min(-total / len(scores), 700)):.4g}\n"

@@ -1,11 +1,12 @@
 """The texts and targets that people type, as model and tokenizer take them."""
 
-import inspect
+import functools
 import re
 import sys
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
@@ -30,10 +31,7 @@ def encode(
     Raises UserError for a text that is too long (unless it is to be cut) or not UTF-8.
     """
     for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text {shortened(text)} is not UTF-8") from error
+        check_utf8(text, "text")
     limit = longest_input(tokenizer, model)
     cut = {"truncation": True, "max_length": limit} if truncate else {}
     several = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
@@ -72,22 +70,16 @@ def find_words(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str)
     return words
 
 
-def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text has the same fills in a batch with longer ones. FNet, which has no attention,
-    mixes the padding in."""
-    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
-    return takes_mask and tokenizer.pad_token is not None
-
-
 def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
     """The ids of the targets. One that is not in the vocabulary stands for its first piece, with a
     warning: with a byte-level BPE, words inside a sentence are written with a leading space.
 
-    Raises UserError if no target is left.
+    Raises UserError if no target is left, or one is not UTF-8.
     """
     vocabulary = tokenizer.get_vocab()
     ids = []
     for target in [targets] if isinstance(targets, str) else targets:
+        check_utf8(target, "target")
         if target in vocabulary:
             ids.append(vocabulary[target])
             continue
@@ -95,31 +87,41 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
         ids += pieces[:1]
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
             instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
-            print(f"warning: target {target!r} is not one token, {instead}", file=sys.stderr)
+            _warn_once(f"target {target!r} is not one token, {instead}")
     if not ids:
         raise UserError("none of the targets gives a token of the vocabulary")
     return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties
 
 
-def with_leading_space(
-    tokenizer: PreTrainedTokenizerBase, targets: list[str], text: str
-) -> list[str]:
-    """The targets as they are written at the masks of `text`: after a space, byte-level BPE has
-    " pizza" for a token where "pizza" is none, and means another one by "the" than by " the". With
-    masks of both kinds in one text they stay as they are."""
-    start, *rest = text.split(tokenizer.mask_token)
-    if not all(part[-1:].isspace() for part in (start, *rest[:-1])):
-        return targets
-    return [
-        f" {target}" if _takes_space(tokenizer, target) else target for target in targets
-    ]
+@functools.cache
+def _warn_once(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not into it
 
 
-def _takes_space(tokenizer: PreTrainedTokenizerBase, target: str) -> bool:
-    spaced, bare = tokenizer([f" {target}", target], add_special_tokens=False)["input_ids"]
-    if not target[:1].strip() or not str(tokenizer.decode(spaced[:1])).strip():
-        return False  # begins with a space, or the space is a token by itself
-    return len(spaced) == 1 or len(bare) > 1  # of several pieces the first begins the word
+def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -> str:
+    """A target as the vocabulary has it at a mask that follows the text `before`.
+
+    After a space, byte-level BPE has " pizza" for a token where "pizza" is none, and means another
+    one by "the" than by " the"; SentencePiece takes the beginning of a text for such a place, too.
+    """
+    glued = before and not before[-1].isspace()
+    if glued or not target.strip() or target[0].isspace():
+        return target
+    check_utf8(target, "target")
+    spelled = f" {target}" if before else target
+    pieces = tokenizer(spelled, add_special_tokens=False)["input_ids"]
+    if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id:
+        return str(tokenizer.convert_ids_to_tokens(pieces[0]))
+    space_alone = not str(tokenizer.decode(pieces[:1])).strip()
+    return target if space_alone or target in tokenizer.get_vocab() else spelled
+
+
+def check_utf8(text: str, what: str) -> None:
+    """Raise UserError for bytes on the command line or in a file that are no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"the {what} {shortened(text)} is not UTF-8") from error
 
 
 def shortened(text: str) -> str:

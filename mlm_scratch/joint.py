@@ -63,37 +63,25 @@ def fill_jointly(
         raise UserError(f"top-k must be from 1 to {MOST_FILLS} for joint fills, got {top_k}")
     scores = torch.zeros(1)  # (beams,) log probabilities
     for _ in masked:
-        at = masked.expand(len(input_ids), -1)  # (beams, M)
-        log_p = _log_probabilities(model, input_ids, at)  # (beams, M, V)
-        log_p[..., tokenizer.mask_token_id] = -math.inf  # a mask is no answer to a mask
-        still_masked = input_ids[:, masked] == tokenizer.mask_token_id  # (beams, M)
+        is_mask = input_ids == tokenizer.mask_token_id  # (beams, T), as many in each
+        at = is_mask.nonzero()[:, 1].view(len(input_ids), -1)  # (beams, those left)
         if order == "left to right":
-            chosen = still_masked.int().argmax(dim=1)  # (beams,) the first
-        else:
-            certainty = log_p.amax(dim=2).masked_fill(~still_masked, -math.inf)  # (beams, M)
-            chosen = certainty.argmax(dim=1)  # (beams,)
+            at = at[:, :1]  # (beams, 1)
+        log_p = _log_probabilities(model, input_ids, at)  # (beams, those left or 1, V)
+        log_p[..., tokenizer.mask_token_id] = -math.inf  # a mask is no answer to a mask
         row = torch.arange(len(input_ids))  # (beams,)
+        chosen = log_p.amax(dim=2).argmax(dim=1)  # (beams,) the most certain
         candidates = scores[:, None] + log_p[row, chosen]  # (beams, V)
-        # Enough of them, since two beams may come to the same text in another order.
-        count = min(2 * max(beams, top_k), candidates.numel())
-        best, where = candidates.flatten().topk(count)  # (count,), (count,)
-        beam, token = where // candidates.shape[1], where % candidates.shape[1]
-        longer = input_ids[beam]  # (count, T)
-        longer[torch.arange(count), masked[chosen[beam]]] = token
-        new = _first_of_each(longer)[: max(beams, top_k)]
-        input_ids, scores = longer[new], best[new]
+        count = min(max(beams, top_k), int(candidates.isfinite().sum()))
+        scores, where = candidates.flatten().topk(count)  # (count,), (count,)
+        beam, token = where // candidates.shape[1], where % candidates.shape[1]  # (count,) each
+        input_ids = input_ids[beam]  # (count, T)
+        input_ids[torch.arange(count), at[beam, chosen[beam]]] = token
     return [
         JointFill(math.exp(score), ids[masked].tolist(),
                   str(tokenizer.decode(ids, skip_special_tokens=True)))
         for ids, score in zip(input_ids[:top_k], scores[:top_k].tolist(), strict=True)
     ]  # fmt: skip
-
-
-def _first_of_each(rows: Tensor) -> list[int]:
-    seen: dict[tuple[int, ...], int] = {}
-    for number, row in enumerate(rows.tolist()):
-        seen.setdefault(tuple(row), number)
-    return list(seen.values())
 
 
 def _log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> Tensor:

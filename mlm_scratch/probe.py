@@ -5,8 +5,13 @@ So a model that nobody thought of is either right or takes the plain way.
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm_scratch.load import longest_input
 from mlm_scratch.model import MaskedLM
+
+# What models raise that cannot do what is tried.
+REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @torch.no_grad()
@@ -23,10 +28,33 @@ def sparse_head_works(model: MaskedLM) -> bool:
         dense = model(input_ids, attention_mask, None)[positions]  # (N, V)
         sparse = model(input_ids, attention_mask, positions)  # (N, V)
         return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+    except REFUSALS:
         return False
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text has the same logits in a batch with longer ones. Some models mix the padding
+    in, whatever the attention mask says, with a convolution or a Fourier transform.
+
+    The model should be in eval mode.
+    """
+    if tokenizer.pad_token_id is None:
+        return False
+    length = min(32, longest_input(tokenizer, model))
+    input_ids = torch.arange(2 * length, device=model.device).view(2, length)  # (B, T)
+    input_ids %= model.config.vocab_size
+    attention_mask = torch.ones_like(input_ids)  # (B, T)
+    short = length // 4
+    input_ids[0, short:], attention_mask[0, short:] = tokenizer.pad_token_id, 0
+    try:
+        batch = model(input_ids=input_ids, attention_mask=attention_mask).logits  # (B, T, V)
+        alone = model(input_ids=input_ids[:1, :short]).logits  # (1, short, V)
+        return torch.allclose(batch[:1, :short], alone, rtol=1e-3, atol=1e-4)
+    except REFUSALS:
+        return False
 
 
 def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:

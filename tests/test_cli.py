@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForMaskedLM, AutoTokenizer, FillMaskPipeline
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, FillMaskPipeline, pipeline
 
 import infer
 import train
@@ -34,6 +35,8 @@ def test_train_then_fill(files, call):
     tokenizer = AutoTokenizer.from_pretrained("runs/latest/model")
     assert str(tokenizer(MILKY_WAY)["input_ids"]) in out
     assert out.count("The Milky Way is a") > 10  # the text, 5 fills, 5 step by step
+    code, _, err = call(infer, "--model", "runs/latest", MILKY_WAY)
+    assert code == 2 and "its model is runs/latest/model" in err
 
 
 @pytest.mark.parametrize("arguments, texts, options", [
@@ -51,6 +54,14 @@ def test_json_is_what_the_pipeline_returns(files, call, arguments, texts, option
         tokenizer=AutoTokenizer.from_pretrained(files / "model"),
     )
     assert json.loads(out) == reference(texts, **options)
+
+
+def test_weights_saved_in_half_precision_fill_as_the_pipeline_does(files, call):
+    model = AutoModelForMaskedLM.from_pretrained(files / "model", dtype=torch.float16)
+    model.save_pretrained("half")
+    AutoTokenizer.from_pretrained(files / "model").save_pretrained("half")
+    _, out, _ = call(infer, "--model", "half", "--json", MILKY_WAY, "--device", "cpu")
+    assert json.loads(out) == pipeline("fill-mask", model="half", device="cpu")(MILKY_WAY)
 
 
 def test_texts_from_standard_input(files, call):
@@ -84,6 +95,18 @@ def test_infer_with_few_targets_and_with_a_reader_that_leaves(files, call):
     assert not re.sub(r".*[0-9]+/300 .*", "", err).strip()  # but for the progress bar
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line(files):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, ROOT / "infer.py", "--json", "--model", files / "model", MILKY_WAY],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == "error: cannot write the output: No space left on device\n"
+
+
 def test_weights_that_are_lost_are_no_result(files, call):
     code, _, err = call(train, *basic(files), "--max-steps", 1, "--weight-decay", 1e308)
     assert code == 2 and "there is no model to save" in err.splitlines()[-1]
@@ -115,3 +138,13 @@ def test_an_output_without_the_letters_of_tokens_shows_others(files):
     result = subprocess.run(command, capture_output=True, text=True,
                             env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert result.returncode == 0 and "row 0 of the first step" in result.stdout, result.stderr
+    command = [sys.executable, ROOT / "infer.py", "--model", files / "model", "--json", "é <mask>"]
+    result = subprocess.run(command, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert json.loads(result.stdout)[0]["sequence"].startswith("é")
+
+
+def test_sentences_whose_answers_are_no_tokens_are_not_shown(files, capsys):
+    """Of this vocabulary nearly none is."""
+    train.show_what_was_learned(files / "model")
+    assert capsys.readouterr().out == ""

@@ -1,15 +1,18 @@
 """Masks filled together and sentences scored, against every combination tried one by one."""
 
+import copy
 import json
 import math
+import re
 
 import pytest
 import torch
 
 import infer
+from mlm_scratch.inputs import spell_target
 from mlm_scratch.joint import ORDERS, fill_jointly, score_sentence
 from mlm_scratch.load import load_model, load_tokenizer
-from tests.tiny import byte_level_tokenizer, roberta, save_roberta
+from tests.tiny import byte_level_tokenizer, roberta, save_roberta, wordpiece_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 TEXT = "The <mask> Way is a <mask> galaxy."
@@ -55,6 +58,14 @@ def test_it_finds_the_best_of_all_pairs_by_the_chain_rule(model, order):
     assert alone != fills[0].tokens
 
 
+def test_a_fill_that_is_impossible_is_none(model):
+    changed = copy.deepcopy(model)
+    changed.lm_head.bias.data[10:] = -math.inf
+    fills = fill_jointly(changed, TOKENIZER, TEXT, ORDERS[0], top_k=100)
+    assert len(fills) == 81  # 10 tokens without the mask, twice
+    assert all(fill.score > 0 and max(fill.tokens) < 10 for fill in fills)
+
+
 def test_a_score_masks_each_token_by_itself(model):
     text = "Paris is the capital of France, and Rome is the capital of Italy."
     ids = TOKENIZER(text, return_tensors="pt")["input_ids"][0]  # (T,)
@@ -95,11 +106,31 @@ def test_a_target_after_a_space_is_taken_with_it_but_not_in_json(directory, call
     assert "' is'" in out.splitlines()[1]
     _, out, _ = call(infer, *arguments, "--json")
     assert json.loads(out)[0]["token_str"] == "is"
-    _, out, err = call(infer, *arguments[:3], "--targets", "of", "offside")
-    assert "target ' offside' is not one token, taking ' of'" in err
-    assert out.count("' of'") == 1 and "step by step" not in out  # it would show other words
-    _, out, _ = call(infer, "--model", directory, "(<mask>) a galaxy.", "--targets", "is")
-    assert "'is'" in out.splitlines()[1]
+    _, out, err = call(infer, *arguments[:3], arguments[2], "--targets", "of", "offside")
+    assert err.count("target ' offside' is not one token, taking ' of'") == 1  # of both texts
+    assert out.count("' of'") == 2 and "step by step" not in out  # it would show other words
+    _, out, _ = call(infer, "--model", directory, "A <mask> (<mask>) way.", "--targets", "is")
+    first, second = re.findall(r"  '.*?is'", out)
+    assert (first, second) == ("  ' is'", "  'is'")
+    _, out, _ = call(infer, "--model", directory, "--truncate", "A <mask>" + " (<mask>) is" * 99,
+                     "--targets", "is")  # fmt: skip
+    assert "mask 12" in out and "mask 99" not in out
+
+
+@pytest.mark.parametrize("tokenizer, target, before, spelled", [
+    (TOKENIZER, "is", "", "is"),
+    (TOKENIZER, "is", "A ", "Ġis"),
+    (TOKENIZER, "is", "A (", "is"),
+    (TOKENIZER, "is", "A <mask>", "is"),
+    (TOKENIZER, " is", "", " is"),
+    (TOKENIZER, "Ġis", "A ", "Ġis"),  # as the vocabulary has it
+    (TOKENIZER, "offside", "A ", " offside"),  # no token: what its first piece is, is another thing
+    (TOKENIZER, "", "A ", ""),
+    (wordpiece_tokenizer(), "Paris", "A ", "paris"),
+    (wordpiece_tokenizer(), "##s", "A ", "##s"),
+])  # fmt: skip
+def test_a_target_is_spelled_as_the_text_before_it_asks(tokenizer, target, before, spelled):
+    assert spell_target(tokenizer, target, before) == spelled
 
 
 def test_a_long_text_is_cut_when_asked_to(directory, call):
