@@ -54,24 +54,28 @@ def main() -> None:
 
 def show_what_was_learned(directory: Path) -> None:
     """Fill a gap in three sentences that the bundled corpus does not contain: facts that it tells
-    in other words. They are taken from its beginning, middle and end, whatever the model makes of
-    them."""
+    in other words. They are the first, middle and last of those whose answer is one token after a
+    space, whatever the model makes of them."""
     from mlm_scratch.corpus import unseen_sentences
     from mlm_scratch.fill_mask import fill_mask
-    from mlm_scratch.load import load_model, load_tokenizer
+    from mlm_scratch.load import load_model, load_tokenizer, longest_input
 
     tokenizer, model = load_tokenizer(directory), load_model(directory)
-    sentences = [
-        (sentence.replace(answer, tokenizer.mask_token), answer)
-        for sentence, answer in unseen_sentences()
-        if f" {answer}" in sentence and sentence.count(answer) == 1
-    ]
+    gaps = []
+    for sentence, answer in unseen_sentences():
+        masked = sentence.replace(f" {answer}", f" {tokenizer.mask_token}")
+        ids, masked_ids = tokenizer([sentence, masked], verbose=False)["input_ids"]
+        differing = [id for id, seen in zip(ids, masked_ids, strict=False) if id != seen]
+        one_token = len(ids) == len(masked_ids) and len(differing) == 1
+        if one_token and len(ids) <= longest_input(tokenizer, model):
+            gaps.append((masked, answer, differing[0]))
+    if len(gaps) < 3:
+        return
     print("three sentences that were not in the text:")
-    for sentence, answer in (sentences[0], sentences[len(sentences) // 2], sentences[-1]):
-        best = fill_mask(model, tokenizer, sentence, top_k=1)[0]
-        guess = best["token_str"].strip()
-        verdict = "right" if guess == answer else f"wrong, it is {answer}"
-        print(f"    {sentence}  {guess} ({best['score']:.2f}): {verdict}")
+    for masked, answer, id in (gaps[0], gaps[len(gaps) // 2], gaps[-1]):
+        best = fill_mask(model, tokenizer, masked, top_k=1)[0]
+        verdict = "right" if best["token"] == id else f"wrong, it is {answer}"
+        print(f"    {masked}  {best['token_str'].strip()} ({best['score']:.2f}): {verdict}")
 
 
 def parse_arguments() -> argparse.Namespace:

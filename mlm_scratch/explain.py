@@ -112,7 +112,7 @@ def explain(
     """
     ids = encode(net.model, tokenizer, [text])["input_ids"][0].tolist()
     if not text.strip() or set(ids) <= set(tokenizer.all_special_ids):
-        raise UserError("no text: give a sentence")
+        raise UserError("there is no token to mask in the text: give a sentence")
     rows, collator = row_of(text, tokenizer, config), Collator(tokenizer, config)
     batch = collator(rows, np.arange(1))
     tokens = follow_tokens(rows, 0, batch, 0, collator)
@@ -151,8 +151,11 @@ def cells(token: Token, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def name_of(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token as it stands in the vocabulary."""
-    return str(tokenizer.convert_ids_to_tokens(id))
+    """A token as it stands in the vocabulary, where that can be seen."""
+    token = tokenizer.convert_ids_to_tokens([id])[0]
+    if token is None:  # models often have some more rows than the tokenizer has tokens
+        return f"#{id}"
+    return token if token.isprintable() and token.strip() else repr(token)
 
 
 def as_text(
@@ -167,10 +170,10 @@ def as_text(
         yield f"\033[{code}m{text.rstrip()}\033[0m" if colour and code else text.rstrip()
     yield ""
     for guess in explanation.guesses:
-        top = ", ".join(f"{name_of(id, tokenizer)} {p:.4f}" for id, p in guess.top)
+        top = ", ".join(f"{name_of(id, tokenizer)} {p:.4g}" for id, p in guess.top)
         yield (
             f"position {guess.token.position}: p({name_of(guess.token.label, tokenizer)}) = "
-            f"{guess.probability:.4f}, loss = -ln p = {guess.loss:.4f}; top {TOP}: {top}"
+            f"{guess.probability:.4g}, loss = -ln p = {guess.loss:.4g}; top {TOP}: {top}"
         )
     yield from sum_of_losses(explanation)
 
@@ -180,11 +183,11 @@ def sum_of_losses(explanation: Explanation) -> Iterator[str]:
     if not explanation.guesses:
         yield "no token was chosen this time, so there is no loss: try another --seed"
         return
-    terms = " + ".join(f"{guess.loss:.4f}" for guess in explanation.guesses)
-    loss = explanation.loss_sum / explanation.n_masked
+    terms = " + ".join(f"{guess.loss:.4g}" for guess in explanation.guesses)
+    number = explanation.n_masked
     yield (
-        f"loss of the step: ({terms}) / {explanation.n_masked} masked tokens = "
-        f"{explanation.loss_sum:.4f} / {explanation.n_masked} = {loss:.4f} nats"
+        f"loss of the step: ({terms}) / {number} masked token{'s' if number > 1 else ''} = "
+        f"{explanation.loss_sum:.4g} / {number} = {explanation.loss_sum / number:.4g} nats"
     )
 
 
@@ -241,10 +244,10 @@ def as_html(
     guesses = "\n".join(
         f"<h2>position {guess.token.position}: "
         f"<code>{escape(name_of(guess.token.label, tokenizer))}</code></h2>"
-        f"<p>p = {guess.probability:.4f}, loss = &minus;ln p = {guess.loss:.4f} nats</p><table>"
+        f"<p>p = {guess.probability:.4g}, loss = &minus;ln p = {guess.loss:.4g} nats</p><table>"
         + "".join(
             f"<tr><td>{escape(name_of(id, tokenizer))}</td><td><span class=bar style='width:"
-            f"{20 * probability:.2f}rem'></span>{probability:.4f}</td></tr>"
+            f"{20 * probability:.2f}rem'></span>{probability:.4g}</td></tr>"
             for id, probability in guess.top
         )
         + "</table>"
@@ -278,7 +281,7 @@ def main() -> None:
     parser.add_argument("--html", metavar="FILE", help="write a page for a browser instead")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     text, page = given.pop("text"), given.pop("html", None)
-    name = given.pop("model", None) or str(newest_model())
+    name = given.pop("model") if "model" in given else str(newest_model())
     go_offline_without_hub(name)
 
     logging.set_verbosity_error()
