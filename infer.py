@@ -72,8 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fills per mask (5)")
     parser.add_argument(
         "--targets", nargs="+", metavar="TOKEN",
-        help="consider only these tokens of the vocabulary; a word after a space is taken with it, "
-        "except with --json, which does as the pipeline",
+        help="consider only these tokens of the vocabulary; after a space a word is looked up with "
+        "that space, except with --json, which does as the pipeline",
     )
     parser.add_argument(
         "--truncate", action="store_true", help="cut texts that are too long for the model"

@@ -24,7 +24,7 @@ BAR_WIDTH = 20
 
 @dataclass
 class Answers:
-    """What a model in eval mode and its tokenizer say to `asked`, the command line of infer.py."""
+    """What a model and its tokenizer say to `asked`, the command line of infer.py."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class Answers:
             return
         lines_of = {"fills": self.fills, "joint": self.joint, "score": self.scores}[self.asked.what]
         # Targets may be spelled otherwise in each text; joint fills and scores are batches anyway.
-        one_by_one = self.asked.targets or self.asked.what != "fills"
+        one_by_one = len(texts) == 1 or self.asked.targets or self.asked.what != "fills"
         size = 1 if one_by_one or not ignores_padding(self.model, self.tokenizer) else BATCH
         at_once = len(texts) <= size
         with progress_bar(total=len(texts), unit=" texts", leave=False, disable=at_once) as bar:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.data import TokenRows
+from mlm_scratch.load import in_eval_mode
 from mlm_scratch.loader import Collator
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import masked_lm_logits
@@ -49,9 +50,7 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # on the device until the end
     correct = torch.zeros((), dtype=torch.int64, device=device)
     n_masked = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         starts = range(0, len(rows), config.eval_batch_size)
         bar = progress_bar(starts, desc="evaluating", unit=" batches", leave=False)
         for number, start in enumerate(bar):
@@ -72,8 +71,6 @@ def evaluate(
             logits = logits.float()
             loss_sum += cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
             correct += (logits.argmax(dim=1) == labels).sum()
-    finally:
-        model.train(was_training)
     ranks.add_up(loss_sum)
     ranks.add_up(correct)
     loss = loss_sum.item() / n_masked if n_masked else math.nan

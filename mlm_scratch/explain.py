@@ -3,8 +3,9 @@
     python -m mlm_scratch.explain "The Milky Way is a spiral galaxy."
     python -m mlm_scratch.explain --html galaxy.html "The Milky Way is a spiral galaxy."
 
-No step of this is written a second time here: the masks come from the loader's Collator, the logits
-and the sum of the losses from model.py, as in training, but without dropout.
+No step of training is written a second time here: the masks come from the loader's Collator, the
+logits and the sum of the losses from model.py. What training never needs one by one, the loss and
+the probability of each token, is made here of those logits.
 """
 
 import argparse
@@ -25,7 +26,13 @@ from mlm_scratch.data import TokenRows, tokenize
 from mlm_scratch.errors import OneLineParser, UserError, run_command
 from mlm_scratch.hub import go_offline_without_hub
 from mlm_scratch.inputs import encode
-from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
+from mlm_scratch.load import (
+    check_fit,
+    in_eval_mode,
+    load_model,
+    load_tokenizer,
+    longest_input,
+)
 from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM, masked_lm_logits, masked_lm_loss
@@ -86,7 +93,7 @@ def follow_tokens(
     """What became of each token of rows[row], which is row `number` of `batch`.
 
     The fate is told from what the model sees: a random token that happens to be the old one looks
-    kept.
+    kept, and one that happens to be the mask token looks masked.
     """
     ids = rows.tokens[rows.starts[row] : rows.starts[row + 1]].tolist()
     seen_ids, labels = batch.input_ids[number].tolist(), batch.labels[number].tolist()
@@ -105,8 +112,8 @@ def follow_tokens(
 def explain(
     net: MaskedLM, tokenizer: PreTrainedTokenizerBase, text: str, config: TrainConfig
 ) -> Explanation:
-    """Mask `text` as the first step of a run on it would, and predict. The model should be in eval
-    mode: dropout would change every number.
+    """Mask `text` as the first step of a run on it would, with `config`, and predict; without
+    dropout, which would change every number.
 
     Raises UserError for a text without a token, too long or not UTF-8.
     """
@@ -118,10 +125,11 @@ def explain(
     tokens = follow_tokens(rows, 0, batch, 0, collator)
     inputs = (net, batch.input_ids, batch.attention_mask, batch.labels)
     dense = not sparse_head_works(net)
-    logits, labels = masked_lm_logits(*inputs, batch.positions, dense=dense)  # (N, V), (N,)
+    with in_eval_mode(net):
+        logits, labels = masked_lm_logits(*inputs, batch.positions, dense=dense)  # (N, V), (N,)
+        loss_sum, n_masked = masked_lm_loss(*inputs, positions=batch.positions, dense=dense)
     if dense:
         logits, labels = logits[batch.positions], labels[batch.positions]  # (N, V), (N,)
-    loss_sum, n_masked = masked_lm_loss(*inputs, positions=batch.positions, dense=dense)
     probabilities = logits.float().softmax(dim=1)  # (N, V)
     losses = cross_entropy(logits.float(), labels, reduction="none")  # (N,) nats
     guesses = []
@@ -173,7 +181,7 @@ def as_text(
         top = ", ".join(f"{name_of(id, tokenizer)} {p:.4g}" for id, p in guess.top)
         yield (
             f"position {guess.token.position}: p({name_of(guess.token.label, tokenizer)}) = "
-            f"{guess.probability:.4g}, loss = -ln p = {guess.loss:.4g}; top {TOP}: {top}"
+            f"{guess.probability:.6g}, loss = -ln p = {guess.loss:.4g}; top {TOP}: {top}"
         )
     yield from sum_of_losses(explanation)
 
@@ -184,10 +192,10 @@ def sum_of_losses(explanation: Explanation) -> Iterator[str]:
         yield "no token was chosen this time, so there is no loss: try another --seed"
         return
     terms = " + ".join(f"{guess.loss:.4g}" for guess in explanation.guesses)
-    number = explanation.n_masked
+    total, n = explanation.loss_sum, explanation.n_masked
     yield (
-        f"loss of the step: ({terms}) / {number} masked token{'s' if number > 1 else ''} = "
-        f"{explanation.loss_sum:.4g} / {number} = {explanation.loss_sum / number:.4g} nats"
+        f"loss of the step: ({terms}) / {n} chosen token{'s' if n > 1 else ''} = "
+        f"{total:.4g} / {n} = {total / n:.4g} nats"
     )
 
 
@@ -227,12 +235,9 @@ tr.random td { background: #ffd8d2 } tr.keep td { background: #d3f0f7 }
 
 
 def as_html(
-    explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: str, masked: str
+    explanation: Explanation, tokenizer: PreTrainedTokenizerBase, text: str, how_chosen: str
 ) -> str:
-    """The same as a page in one file.
-
-    masked: how the tokens were chosen.
-    """
+    """The same as a page in one file."""
     escape = html.escape
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     lines = "\n".join(
@@ -244,7 +249,7 @@ def as_html(
     guesses = "\n".join(
         f"<h2>position {guess.token.position}: "
         f"<code>{escape(name_of(guess.token.label, tokenizer))}</code></h2>"
-        f"<p>p = {guess.probability:.4g}, loss = &minus;ln p = {guess.loss:.4g} nats</p><table>"
+        f"<p>p = {guess.probability:.6g}, loss = &minus;ln p = {guess.loss:.4g} nats</p><table>"
         + "".join(
             f"<tr><td>{escape(name_of(id, tokenizer))}</td><td><span class=bar style='width:"
             f"{20 * probability:.2f}rem'></span>{probability:.4g}</td></tr>"
@@ -257,7 +262,7 @@ def as_html(
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(text)}</title>"
         f"<style>{STYLE}</style><h1>{escape(text)}</h1>\n"
-        f"<p>{masked}</p><table><tr>{head}</tr>\n{lines}</table>\n{guesses}\n{total}</html>\n"
+        f"<p>{how_chosen}</p><table><tr>{head}</tr>\n{lines}</table>\n{guesses}\n{total}</html>\n"
     )
 
 
@@ -287,7 +292,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config = replace(TUTORIAL, model=name, **given)
-    tokenizer, model = load_tokenizer(name), load_model(name).eval()
+    tokenizer, model = load_tokenizer(name), load_model(name)
     check_fit(tokenizer, model, name)
     config = replace(config, block_size=longest_input(tokenizer, model))
     net = MaskedLM(model)
@@ -295,14 +300,15 @@ def main() -> None:
     while not explanation.guesses and "seed" not in given and config.seed < TUTORIAL.seed + 20:
         config = replace(config, seed=config.seed + 1)  # 15 % of a short sentence may be nothing
         explanation = explain(net, tokenizer, text, config)
-    masked = f"seed {config.seed}, {100 * config.mlm_probability:.3g} % of the tokens to be chosen"
+    share = f"{100 * config.mlm_probability:.3g} %"
+    how_chosen = f"seed {config.seed}, {share} of the tokens to be chosen"
     if page is None:
-        print(masked)
+        print(how_chosen)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(*as_text(explanation, tokenizer, colour), sep="\n")
         return
     try:
-        Path(page).write_text(as_html(explanation, tokenizer, text, masked), encoding="utf-8")
+        Path(page).write_text(as_html(explanation, tokenizer, text, how_chosen), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--html: cannot write {page}: {error.strerror}") from error
     print(f"open {page} in a browser")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.inputs import encode, find_masks, find_target_ids
-from mlm_scratch.load import check_no_nan
+from mlm_scratch.load import check_no_nan, in_eval_mode
 
 
 def fill_mask(
@@ -35,7 +35,8 @@ def fill_mask(
         top_k: fills per mask, the most probable first; no more than there are targets.
         targets: consider these tokens only. Their scores stay shares of the whole vocabulary.
         truncate: cut texts that are too long, instead of raising UserError.
-        batch_size: texts in one forward pass. Padding changes the last digits of the scores.
+        batch_size: texts in one forward pass. More than one is for models that take no notice of
+            padding (probe.py finds out); it still changes the last digits of the scores.
 
     Returns:
         for a text with one mask: a list of {"score", "token", "token_str", "sequence"}; with
@@ -77,7 +78,7 @@ def _fill_one(
     tokens = choices if target_ids is None else target_ids[choices]  # (M, k)
 
     fills = []
-    for index, mask_scores, mask_tokens in zip(
+    for index, mask_scores, mask_fills in zip(
         mask_index.tolist(), scores.tolist(), tokens.tolist(), strict=True
     ):
         fills.append([
@@ -87,7 +88,7 @@ def _fill_one(
                 "token_str": tokenizer.decode([token]),
                 "sequence": fill_in(tokenizer, input_ids, index, token),
             }
-            for score, token in zip(mask_scores, mask_tokens, strict=True)
+            for score, token in zip(mask_scores, mask_fills, strict=True)
         ])
     return fills[0] if len(fills) == 1 else fills
 
@@ -100,7 +101,7 @@ def fill_in(
     filled[index] = token
     if tokenizer.pad_token_id is not None:
         filled = filled[filled != tokenizer.pad_token_id]
-    # Masks are special tokens: where several had to be filled, the others are to be seen.
+    # The other masks are to be seen, and as special tokens they go only with <s> and </s>.
     one_mask = (input_ids == tokenizer.mask_token_id).sum() == 1
     return str(tokenizer.decode(filled, skip_special_tokens=bool(one_mask)))
 
@@ -118,12 +119,8 @@ def predict(
     Raises UserError for a text without a mask, too long or not UTF-8, and for damaged weights.
     """
     inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
-    was_training = model.training
-    model.eval()  # no dropout
-    try:
+    with in_eval_mode(model):
         logits = model(**inputs.to(model.device)).logits.cpu()  # (B, T, V)
-    finally:
-        model.train(was_training)
     inputs = inputs.to("cpu")
     predictions = []
     for number, text in enumerate(texts):

@@ -71,8 +71,8 @@ def find_words(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str)
 
 
 def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
-    """The ids of the targets. One that is not in the vocabulary stands for its first piece, with a
-    warning: with a byte-level BPE, words inside a sentence are written with a leading space.
+    """The ids of the targets. One that is not in the vocabulary is tokenized; where that gives
+    several pieces the first is taken, with a warning.
 
     Raises UserError if no target is left, or one is not UTF-8.
     """
@@ -101,8 +101,8 @@ def _warn_once(message: str) -> None:
 def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -> str:
     """A target as the vocabulary has it at a mask that follows the text `before`.
 
-    After a space, byte-level BPE has " pizza" for a token where "pizza" is none, and means another
-    one by "the" than by " the"; SentencePiece takes the beginning of a text for such a place, too.
+    Byte-level BPE has other tokens for words after a space: "is" is "Ġis" after "A ", but "is"
+    after "A (". With SentencePiece it is "▁is" at the beginning of a text, too.
     """
     glued = before and not before[-1].isspace()
     if glued or not target.strip() or target[0].isspace():

@@ -1,8 +1,8 @@
 """Several masks filled together, and whole sentences scored: what one softmax per mask cannot do.
 
-The pipeline fills each mask as if it were the only one that may change, so "the <mask> of <mask>"
-gets two good words that need not go together. Here one mask is filled at a time, and the next is
-predicted with that word in its place. By the chain rule the product of these probabilities is that
+The pipeline predicts each mask while the others are still masks, so "the <mask> of <mask>" gets two
+good words that need not go together. Here one mask is filled at a time, and the next is predicted
+with that word in its place. By the chain rule the product of these probabilities is that
 of all the words together:
 
     p(a, b | rest) = p(a | rest) x p(b | a, rest)
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.inputs import encode, find_masks, find_words
-from mlm_scratch.load import check_no_nan
+from mlm_scratch.load import check_no_nan, in_eval_mode
 
 ORDERS = ("left to right", "most certain first")
 LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte
@@ -49,7 +49,6 @@ def fill_jointly(
     """Fill all masks of a text by beam search.
 
     Args:
-        model: in eval mode.
         order: one of ORDERS: which mask comes next. The most certain one is that whose best token
             has the largest probability, in each beam by itself.
         top_k: how many fills to return, the most probable first.
@@ -58,11 +57,11 @@ def fill_jointly(
     Raises UserError for a text without a mask, too long or not UTF-8.
     """
     input_ids = encode(model, tokenizer, [text], truncate)["input_ids"]  # (1, T)
-    masked = find_masks(tokenizer, input_ids[0], text)  # (M,)
+    mask_index = find_masks(tokenizer, input_ids[0], text)  # (M,)
     if not 1 <= top_k <= MOST_FILLS:
         raise UserError(f"top-k must be from 1 to {MOST_FILLS} for joint fills, got {top_k}")
     scores = torch.zeros(1)  # (beams,) log probabilities
-    for _ in masked:
+    for _ in mask_index:
         is_mask = input_ids == tokenizer.mask_token_id  # (beams, T), as many in each
         at = is_mask.nonzero()[:, 1].view(len(input_ids), -1)  # (beams, those left)
         if order == "left to right":
@@ -78,7 +77,7 @@ def fill_jointly(
         input_ids = input_ids[beam]  # (count, T)
         input_ids[torch.arange(count), at[beam, chosen[beam]]] = token
     return [
-        JointFill(math.exp(score), ids[masked].tolist(),
+        JointFill(math.exp(score), ids[mask_index].tolist(),
                   str(tokenizer.decode(ids, skip_special_tokens=True)))
         for ids, score in zip(input_ids[:top_k], scores[:top_k].tolist(), strict=True)
     ]  # fmt: skip
@@ -89,7 +88,8 @@ def _log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) ->
     at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
     parts = []
     for rows, columns in zip(input_ids.split(at_once), at.split(at_once), strict=True):
-        logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
+        with in_eval_mode(model):
+            logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
         row = torch.arange(len(rows))[:, None]  # (rows, 1)
         parts.append(logits[row, columns].float().cpu())  # (rows, M, V)
     log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
@@ -107,15 +107,14 @@ def score_sentence(
     """(id, log probability) of each token, special ones left out, when it alone is masked.
 
     Their sum is the pseudo-log-likelihood of the sentence, and e to the power of minus their mean
-    its pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring). The model should be
-    in eval mode.
+    its pseudo-perplexity (Salazar et al. 2020, Masked Language Model Scoring).
 
     Raises UserError for a text without a token, too long or not UTF-8.
     """
     (input_ids,) = encode(model, tokenizer, [text], truncate)["input_ids"]  # (T,)
     at = find_words(tokenizer, input_ids, text)  # (N,)
-    masked = input_ids.repeat(len(at), 1)  # (N, T), one row per token
-    masked[torch.arange(len(at)), at] = tokenizer.mask_token_id
-    log_p = _log_probabilities(model, masked, at[:, None])[:, 0]  # (N, V)
+    masked_ids = input_ids.repeat(len(at), 1)  # (N, T), one row per token
+    masked_ids[torch.arange(len(at)), at] = tokenizer.mask_token_id
+    log_p = _log_probabilities(model, masked_ids, at[:, None])[:, 0]  # (N, V)
     scores = log_p.gather(1, input_ids[at, None])[:, 0]  # (N,)
     return list(zip(input_ids[at].tolist(), scores.tolist(), strict=True))

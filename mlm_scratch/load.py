@@ -1,10 +1,11 @@
 """Tokenizer and model: from the Hub, a directory, a checkpoint, or made on the spot."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -109,6 +110,17 @@ def check_fit(
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
         )
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def check_no_nan(scores: Tensor) -> None:

@@ -101,12 +101,11 @@ class Collator:
     def split(self, batch: Batch, own: range, batch_size: int) -> Iterator[Batch]:
         """Cut the rows `own` into batches of `batch_size` rows (the last may be shorter)."""
         for start in range(own.start, own.stop, batch_size):
-            part, mask = slice(start, min(start + batch_size, own.stop)), batch.attention_mask
-            labels = batch.labels[part]  # (rows, T)
-            yield Batch(
-                batch.input_ids[part], None if mask is None else mask[part], labels,  # (rows, T)
-                self._positions(labels),
-            )  # fmt: skip
+            part = slice(start, min(start + batch_size, own.stop))
+            labels, attention_mask = batch.labels[part], batch.attention_mask  # (rows, T), (B, T)
+            if attention_mask is not None:
+                attention_mask = attention_mask[part]  # (rows, T)
+            yield Batch(batch.input_ids[part], attention_mask, labels, self._positions(labels))
 
     def _positions(self, labels: Tensor) -> Tensor:
         """(B, T) labels -> (N,) indices of the tokens to predict, in the flattened batch.
@@ -114,13 +113,13 @@ class Collator:
         A compiled model wants the same N every time. Then positions without a label, which the
         loss ignores, are added up to a number that chance does not exceed.
         """
-        masked = labels.flatten() != IGNORE  # (B * T,)
+        chosen = labels.flatten() != IGNORE  # (B * T,)
         if not self.config.compile:
-            return masked.nonzero().squeeze(1)  # (N,)
-        total, share = len(masked), self.config.mlm_probability
+            return chosen.nonzero().squeeze(1)  # (N,)
+        total, share = len(chosen), self.config.mlm_probability
         count = math.ceil(total * share + 6 * math.sqrt(total * share * (1 - share)))
-        count = max(count, int(masked.sum()))  # whole words come in larger portions
-        return masked.to(torch.uint8).argsort(stable=True, descending=True)[:count]  # (N,)
+        count = max(count, int(chosen.sum()))  # whole words come in larger portions
+        return chosen.to(torch.uint8).argsort(stable=True, descending=True)[:count]  # (N,)
 
 
 @dataclass

@@ -44,7 +44,7 @@ def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopR
 
     Returns: whether a signal stopped it before its end.
     """
-    config, net, optimizer, scaler = t.config, t.parallel_net, t.optimizer, t.scaler
+    config, optimizer, scaler = t.config, t.optimizer, t.scaler
 
     # After a resume: a signal has cut the evaluation at this step short.
     if t.evaluation_is_due() and evaluate_and_save(t, run_dir, report, stop):
@@ -54,11 +54,11 @@ def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopR
         learning_rate = float(t.scheduler.get_last_lr()[0])
         step_loss = torch.zeros((), device=t.precision.device)  # () nats per masked token
         for batch in step.batches:
-            # Of several processes: which backward exchanges their gradients, the last one.
-            exchange = t.ranks.exchange_gradients(net, now=batch is step.batches[-1])
+            # Several processes exchange their gradients once per step, in the last backward.
+            exchange = t.ranks.exchange_gradients(t.parallel_net, now=batch is step.batches[-1])
             with t.precision.autocast(), exchange:
                 loss_sum, _ = masked_lm_loss(
-                    net, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T) each
+                    t.parallel_net, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T)
                     positions=batch.positions, dense=config.dense_head,  # (N,)
                 )  # fmt: skip
             # Divided by the masked tokens of the whole step, not of this batch: then the gradients
@@ -72,8 +72,8 @@ def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopR
         grad_norm = torch.zeros_like(step_loss)  # ()
         if step.n_masked > 0:  # else all gradients are 0, but AdamW would follow its momentum
             scaler.unscale_(optimizer)  # before measuring: the norm to clip is the true one
-            grad_norm = clip_grad_norm_(net.parameters(), config.max_grad_norm)  # ()
-            scale = scaler.get_scale()
+            grad_norm = clip_grad_norm_(t.net.parameters(), config.max_grad_norm)  # ()
+            scale = scaler.get_scale()  # fp16 makes the CPU wait here; else it is always 1
             scaler.step(optimizer)  # not taken where a gradient overflowed
             scaler.update()  # half the scale after an overflow, twice after 2,000 good steps
             if scaler.get_scale() >= scale:  # a step not taken does not count for the schedule

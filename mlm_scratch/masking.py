@@ -9,7 +9,8 @@ Of the chosen tokens 80 % become the mask token, 10 % a random token and 10 % st
 never occurs when the model is used for anything else; if only masks had to be predicted, nothing
 would make the model remember, at a visible token, what stands there. So each visible token may be a
 wrong one or be asked for, and every position must keep a good idea of what belongs there (Devlin et
-al. 2019, BERT, section 3.1 and appendix C.2).
+al. 2019, BERT, section 3.1 and appendix C.2). The other files call all chosen tokens masked tokens,
+as the literature does.
 
 The reference is `DataCollatorForLanguageModeling` of transformers: with the same generator the
 result here is the same bit for bit (tests/test_masking.py).

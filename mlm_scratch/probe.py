@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.load import longest_input
+from mlm_scratch.load import in_eval_mode, longest_input
 from mlm_scratch.model import MaskedLM
 
 # What models raise that cannot do what is tried.
@@ -22,25 +22,19 @@ def sparse_head_works(model: MaskedLM) -> bool:
     """
     input_ids, attention_mask = _small_batch(model)  # (B, T), (B, T)
     positions = torch.tensor([1, 2, 7], device=input_ids.device)  # (N,)
-    was_training = model.training
-    model.eval()
     try:
-        dense = model(input_ids, attention_mask, None)[positions]  # (N, V)
-        sparse = model(input_ids, attention_mask, positions)  # (N, V)
+        with in_eval_mode(model):
+            dense = model(input_ids, attention_mask, None)[positions]  # (N, V)
+            sparse = model(input_ids, attention_mask, positions)  # (N, V)
         return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
     except REFUSALS:
         return False
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
 def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text has the same logits in a batch with longer ones. Some models mix the padding
-    in, whatever the attention mask says, with a convolution or a Fourier transform.
-
-    The model should be in eval mode.
-    """
+    in, whatever the attention mask says, with a convolution or a Fourier transform."""
     if tokenizer.pad_token_id is None:
         return False
     length = min(32, longest_input(tokenizer, model))
@@ -50,8 +44,9 @@ def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     short = length // 4
     input_ids[0, short:], attention_mask[0, short:] = tokenizer.pad_token_id, 0
     try:
-        batch = model(input_ids=input_ids, attention_mask=attention_mask).logits  # (B, T, V)
-        alone = model(input_ids=input_ids[:1, :short]).logits  # (1, short, V)
+        with in_eval_mode(model):
+            batch = model(input_ids=input_ids, attention_mask=attention_mask).logits  # (B, T, V)
+            alone = model(input_ids=input_ids[:1, :short]).logits  # (1, short, V)
         return torch.allclose(batch[:1, :short], alone, rtol=1e-3, atol=1e-4)
     except REFUSALS:
         return False

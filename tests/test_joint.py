@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from transformers import RobertaForMaskedLM
 
 import infer
 from mlm_scratch.inputs import spell_target
@@ -66,6 +67,12 @@ def test_a_fill_that_is_impossible_is_none(model):
     assert all(fill.score > 0 and max(fill.tokens) < 10 for fill in fills)
 
 
+def test_only_so_many_beams_are_kept(model, rows_of_each_pass):
+    text = "The <mask> Way <mask> a <mask> galaxy."
+    fills = fill_jointly(model, TOKENIZER, text, ORDERS[1], top_k=2, beams=4)
+    assert len(fills) == 2 and rows_of_each_pass == [1, 4, 4]
+
+
 def test_a_score_masks_each_token_by_itself(model):
     text = "Paris is the capital of France, and Rome is the capital of Italy."
     ids = TOKENIZER(text, return_tensors="pt")["input_ids"][0]  # (T,)
@@ -80,6 +87,19 @@ def test_a_score_masks_each_token_by_itself(model):
 # ---- The command line ----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def rows_of_each_pass(monkeypatch):
+    """How many rows each forward pass was given."""
+    forward, rows = RobertaForMaskedLM.forward, []
+
+    def noted(self, input_ids, *args, **kwargs):
+        rows.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(RobertaForMaskedLM, "forward", noted)
+    return rows
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A model for inputs of up to 64 tokens."""
@@ -87,10 +107,11 @@ def directory(tmp_path_factory):
     return save_roberta(tmp_path_factory.mktemp("model"))
 
 
-def test_many_lines_give_what_each_gives_alone(directory, call):
+def test_many_lines_give_what_each_gives_alone(directory, call, rows_of_each_pass):
     lines = [f"{'very ' * (i % 4)}old <mask> {i}" for i in range(20)]
     code, out, err = call(infer, "--model", directory, "--top-k", 2, stdin="\n".join(lines))
     assert code == 0 and "texts" in err  # the bar
+    assert rows_of_each_pass[-3:] == [8, 8, 4]
     for line, fills in zip(lines, out.strip().split("\n\n"), strict=True):
         _, alone, _ = call(infer, "--model", directory, "--top-k", 2, line)
         alone, _, _ = alone.partition("\n\nstep by step")
