@@ -67,6 +67,7 @@ def show_what_was_learned(directory: Path) -> None:
         ids, masked_ids = tokenizer([sentence, masked], verbose=False)["input_ids"]
         differing = [id for id, seen in zip(ids, masked_ids, strict=False) if id != seen]
         one_token = len(ids) == len(masked_ids) and len(differing) == 1
+        one_token = one_token and differing[0] != tokenizer.unk_token_id
         if one_token and len(ids) <= longest_input(tokenizer, model):
             gaps.append((masked, answer, differing[0]))
     if len(gaps) < 3:

@@ -97,13 +97,14 @@ class Answers:
     def _fills_with_targets(self, text: str) -> list:
         """What fill_mask returns, with targets spelled for each mask as the text before it asks."""
         n_masks = len(find_masks(self.tokenizer, self._ids(text), text))  # that --truncate leaves
-        masks = list(re.finditer(re.escape(self.tokenizer.mask_token), text))[:n_masks]
+        masks = re.finditer(re.escape(self.tokenizer.mask_token), text)
+        befores = [text[: mask.start()] for mask in masks]
+        from_end = self.tokenizer.truncation_side == "left"
+        befores = befores[-n_masks:] if from_end else befores[:n_masks]
+        befores += [" "] * (n_masks - len(befores))  # where "[mask]" is taken for a mask, too
         spelled = [
-            tuple(
-                spell_target(self.tokenizer, target, before=text[: mask.start()])
-                for target in self.asked.targets
-            )
-            for mask in masks
+            tuple(spell_target(self.tokenizer, target, before) for target in self.asked.targets)
+            for before in befores
         ]  # the targets of each mask
         fills = {
             targets: fill_mask(

@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -401,11 +401,10 @@ def tokenize(
 def _gaps(text: str, spans: list[tuple[int, int]]) -> list[bool]:
     """For each token, whether there is a gap before it: its span of characters begins after the end
     of the one before, or (some tokenizers count the gap in) with a space. Pieces of one character,
-    as byte-level BPE makes of "’", have the same span."""
-    ends = [-1, *(end for _, end in spans)][: len(spans)]
+    as byte-level BPE makes of "’" or a wide space, have the same span."""
     return [
-        start > end_before or text[start : start + 1].isspace()
-        for (start, _), end_before in zip(spans, ends, strict=True)
+        start > end_before or (start > start_before and text[start : start + 1].isspace())
+        for (start_before, end_before), (start, _) in pairwise([(-1, -1), *spans])
     ]
 
 

@@ -32,6 +32,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  was closed by the caller
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "Ġ" or "█" shows a ?
@@ -46,7 +47,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"error{where}: {message}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         if error.errno == errno.EPIPE:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import encode, find_masks, find_target_ids
-from mlm_scratch.load import check_no_nan, in_eval_mode
+from mlm_scratch.inputs import ask, encode, find_masks, find_target_ids
+from mlm_scratch.load import check_no_nan
 
 
 def fill_mask(
@@ -119,9 +119,7 @@ def predict(
     Raises UserError for a text without a mask, too long or not UTF-8, and for damaged weights.
     """
     inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
-    with in_eval_mode(model):
-        logits = model(**inputs.to(model.device)).logits.cpu()  # (B, T, V)
-    inputs = inputs.to("cpu")
+    logits = ask(model, inputs).cpu()  # (B, T, V)
     predictions = []
     for number, text in enumerate(texts):
         is_token = inputs["attention_mask"][number].bool()  # (T,), false at padding

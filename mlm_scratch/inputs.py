@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.load import longest_input
+from mlm_scratch.load import REFUSALS, in_eval_mode, longest_input
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
@@ -47,6 +48,18 @@ def encode(
     return inputs
 
 
+def ask(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, T) inputs -> (B, T, V) logits, without dropout. Raises UserError for what the model
+    cannot take."""
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    try:
+        with in_eval_mode(model):
+            return model(**on_device).logits
+    except REFUSALS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the model cannot take this text: {reason}") from error
+
+
 def find_masks(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str) -> Tensor:
     """(T,) ids of `text` -> (M,) where its masks are. Raises UserError if there is none."""
     mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
@@ -80,17 +93,19 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
     ids = []
     for target in [targets] if isinstance(targets, str) else targets:
         check_utf8(target, "target")
-        if target in vocabulary:
-            ids.append(vocabulary[target])
-            continue
-        pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
-        ids += pieces[:1]
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
-            instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
-            _warn_once(f"target {target!r} is not one token, {instead}")
+        ids += [vocabulary[target]] if target in vocabulary else _first_piece(tokenizer, target)
     if not ids:
         raise UserError("none of the targets gives a token of the vocabulary")
     return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties
+
+
+def _first_piece(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Its id, or none; with a warning if there are more of them."""
+    pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
+    if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+        instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
+        _warn_once(f"target {target!r} is not one token, {instead}")
+    return pieces[:1]
 
 
 @functools.cache
@@ -104,16 +119,23 @@ def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -
     Byte-level BPE has other tokens for words after a space: "is" is "Ġis" after "A ", but "is"
     after "A (". With SentencePiece it is "▁is" at the beginning of a text, too.
     """
-    glued = before and not before[-1].isspace()
-    if glued or not target.strip() or target[0].isspace():
-        return target
     check_utf8(target, "target")
-    spelled = f" {target}" if before else target
+    if not target.strip() or target[0].isspace():
+        return target
+    own_id = tokenizer.get_vocab().get(target)
+    # To byte-level BPE "é" is the name of a byte that is no letter; the letter is "Ã©".
+    is_token = own_id is not None and "\ufffd" not in tokenizer.decode([own_id])
+    after_space = before[-1:].isspace()
+    if is_token and before and not after_space:
+        return target
+    spelled = f" {target}" if after_space else target
     pieces = tokenizer(spelled, add_special_tokens=False)["input_ids"]
-    if len(pieces) == 1 and pieces[0] != tokenizer.unk_token_id:
-        return str(tokenizer.convert_ids_to_tokens(pieces[0]))
-    space_alone = not str(tokenizer.decode(pieces[:1])).strip()
-    return target if space_alone or target in tokenizer.get_vocab() else spelled
+    if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+        if is_token:
+            return target
+        space_alone = not str(tokenizer.decode(pieces[:1])).strip()
+        pieces = _first_piece(tokenizer, target if space_alone else spelled)
+    return tokenizer.convert_ids_to_tokens(pieces)[0] if pieces else target
 
 
 def check_utf8(text: str, what: str) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import encode, find_masks, find_words
-from mlm_scratch.load import check_no_nan, in_eval_mode
+from mlm_scratch.inputs import ask, encode, find_masks, find_words
+from mlm_scratch.load import check_no_nan
 
 ORDERS = ("left to right", "most certain first")
 LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte
@@ -88,8 +88,7 @@ def _log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) ->
     at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
     parts = []
     for rows, columns in zip(input_ids.split(at_once), at.split(at_once), strict=True):
-        with in_eval_mode(model):
-            logits = model(input_ids=rows.to(model.device)).logits  # (rows, T, V)
+        logits = ask(model, {"input_ids": rows})  # (rows, T, V)
         row = torch.arange(len(rows))[:, None]  # (rows, 1)
         parts.append(logits[row, columns].float().cpu())  # (rows, M, V)
     log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)

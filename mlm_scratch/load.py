@@ -1,5 +1,6 @@
 """Tokenizer and model: from the Hub, a directory, a checkpoint, or made on the spot."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,11 @@ from transformers import (
 
 from mlm_scratch.errors import UserError
 from mlm_scratch.recipes import BUNDLED, TrainConfig
+from mlm_scratch.run_dir import RUN_JSON
 from mlm_scratch.small_model import small_modernbert, train_tokenizer
 
+# What models raise for inputs, or numbers of half precision, that they cannot take.
+REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 NO_LIMIT = 10**9  # a tokenizer that does not know how much its model takes says 10**30
 
 
@@ -89,8 +93,8 @@ def load_model(
 
 
 def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
-    if Path(name, "model", "config.json").is_file():
-        return f"{name} is the directory of a run: its model is {Path(name, 'model')}"
+    if os.path.isfile(os.path.join(name, RUN_JSON)):
+        return f"{name} is the directory of a run: name {name}/model, or one of its checkpoints"
     reason = str(error).strip().splitlines()
     return f"cannot load a {what} from {name}: {reason[0] if reason else type(error).__name__}"
 

@@ -121,6 +121,18 @@ def test_the_parameters_that_the_loss_never_reaches_are_known(model):
     assert list(map(id, unused)) == list(map(id, without))
 
 
+def test_a_model_that_is_tried_stays_as_it_is():
+    """BigBird leaves sparse attention for good when it is given a short row."""
+    config = transformers.BigBirdConfig(vocab_size=len(TOKENIZER), pad_token_id=1, **BERT_LIKE)
+    model = AutoModelForMaskedLM.from_config(config)
+    net = MaskedLM(model)
+    assert sparse_head_works(net) and ignores_padding(model, TOKENIZER)
+    unused_parameters(net)
+    assert model.bert.attention_type == "block_sparse"
+    model(input_ids=torch.arange(8)[None])
+    assert model.bert.attention_type == "original_full"
+
+
 def test_a_mask_of_ones_says_no_more_than_none(model):
     input_ids, _, labels = batch()
     sums = [
