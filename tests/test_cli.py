@@ -1,5 +1,6 @@
 """The two command lines, as a user calls them."""
 
+import io
 import json
 import os
 import re
@@ -96,15 +97,11 @@ def test_infer_with_few_targets_and_with_a_reader_that_leaves(files, call):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_an_output_that_cannot_be_written_is_one_line(files):
+def test_an_output_that_cannot_be_written_is_one_line(files, call, monkeypatch):
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, ROOT / "infer.py", "--json", "--model", files / "model", MILKY_WAY],
-            stdout=full, stderr=subprocess.PIPE, text=True,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr == "error: cannot write the output: No space left on device\n"
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = call(infer, "--json", "--model", files / "model", MILKY_WAY)
+    assert code == 2 and err == "error: cannot write the output: No space left on device\n"
 
 
 def test_weights_that_are_lost_are_no_result(files, call):
@@ -138,10 +135,13 @@ def test_an_output_without_the_letters_of_tokens_shows_others(files):
     result = subprocess.run(command, capture_output=True, text=True,
                             env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert result.returncode == 0 and "row 0 of the first step" in result.stdout, result.stderr
-    command = [sys.executable, ROOT / "infer.py", "--model", files / "model", "--json", "é <mask>"]
-    result = subprocess.run(command, capture_output=True, text=True,
-                            env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
-    assert json.loads(result.stdout)[0]["sequence"].startswith("é")
+
+
+def test_json_can_be_read_whatever_the_encoding_of_the_output(files, call, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    call(infer, "--model", files / "model", "--json", "é <mask>")
+    assert json.loads(output.buffer.getvalue())[0]["sequence"].startswith("é")
 
 
 def test_sentences_whose_answers_are_no_tokens_are_not_shown(files, capsys):
