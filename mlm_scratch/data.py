@@ -22,7 +22,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch import corpus
 from mlm_scratch.checkpoint import checksum, sync
-from mlm_scratch.errors import UserError
+from mlm_scratch.errors import UserError, shortened
 from mlm_scratch.progress import progress_bar
 from mlm_scratch.recipes import BUNDLED, TrainConfig
 
 ROWS_VERSION = 2  # to be counted up when other rows are made of the same text
 TEXTS_PER_BATCH = 1000  # read and given to the tokenizer at once; it spreads them over the cores
-FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv",
+FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv",
               ".parquet": "parquet"}
 
 
@@ -53,23 +53,36 @@ class Documents:
     """The text column of a data set, one string per row, read when it is asked for.
 
     With --streaming rows is an IterableDataset: without a length, read from its source each time.
+
+    json_lines: each row is a line of JSON, in the column "text". `datasets` could take the lines
+        apart, but wants all columns of all files to have the types that it saw in the first: a list
+        that is empty there would have to be empty everywhere.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
     column: str
     source: str
+    json_lines: bool = False
 
     def __post_init__(self) -> None:
         with _told_in_one_line(self.source):
-            names = self.rows.column_names or list(next(iter(self.rows), {}))
+            if self.json_lines:
+                part: dict[str, list[str]] = next(self.rows.iter(TEXTS_PER_BATCH), {"text": []})
+                first_rows = self._parsed(part["text"])
+                names = list(dict.fromkeys(chain.from_iterable(first_rows)))
+            else:
+                names = self.rows.column_names or list(next(iter(self.rows), {}))
+                first_rows = [dict.fromkeys(names)]
         # A flattened data set has a column that is itself called "answers.text".
         self.path = [self.column] if self.column in names else self.column.split(".")
-        if self.path[0] not in names:
+        depth = len(self.path) if self.json_lines else 1  # the rest is seen row by row
+        if not any(_leads_somewhere(row, self.path[:depth]) for row in first_rows):
             raise UserError(
                 f"{self.source} has no column {self.column!r}; it has {', '.join(names)}: name one "
                 "with --text-column"
             )
-        self.rows = self.rows.select_columns(self.path[0])
+        if not self.json_lines:
+            self.rows = self.rows.select_columns(self.path[0])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,10 +93,13 @@ class Documents:
     def batches(self) -> Iterator[list[str]]:
         """The texts, TEXTS_PER_BATCH at a time: between two batches the state of a stream is that
         at the beginning of the next one."""
-        name, seen = self.path[0], 0
+        name, seen = "text" if self.json_lines else self.path[0], 0
         with _told_in_one_line(self.source):
             for part in self.rows.iter(TEXTS_PER_BATCH):
-                texts = [self._pick(value, self.path[1:]) for value in part[name]]
+                if self.json_lines:
+                    texts = [self._pick(row, self.path) for row in self._parsed(part[name])]
+                else:
+                    texts = [self._pick(value, self.path[1:]) for value in part[name]]
                 if any("\0" in text for text in texts):
                     number = seen + next(i for i, text in enumerate(texts) if "\0" in text)
                     raise UserError(
@@ -99,6 +115,19 @@ class Documents:
         part.rows = split_dataset_by_node(part.rows, number, parts)
         return part
 
+    def _parsed(self, lines: list[str]) -> list[dict[str, Any]]:
+        rows = []
+        for line in filter(str.strip, lines):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"cannot load {self.source}: {error} in the line {shortened(line)}"
+                ) from error
+            if not isinstance(rows[-1], dict):
+                raise UserError(f"cannot load {self.source}: no JSON object: {shortened(line)}")
+        return rows
+
     def _pick(self, value: Any, path: list[str]) -> str:
         """Follow the dotted path. Lists may stand anywhere on it: {"text": [...]} as older versions
         of `datasets` store answers, or [{"text": ...}, ...] as newer ones do."""
@@ -107,11 +136,11 @@ class Documents:
         if value is None:
             return ""
         if path:
-            if not isinstance(value, dict) or path[0] not in value:
+            if not isinstance(value, dict) or (path[0] not in value and not self.json_lines):
                 raise UserError(
                     f"{self.source} has no column {self.column!r}: there is no {path[0]!r} inside"
                 )
-            return self._pick(value[path[0]], path[1:])
+            return self._pick(value.get(path[0]), path[1:])  # a line of JSON may lack it
         if isinstance(value, str):
             return value
         raise UserError(
@@ -120,33 +149,47 @@ class Documents:
         )
 
 
+def _leads_somewhere(value: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    if isinstance(value, list):
+        return any(_leads_somewhere(item, path) for item in value)
+    return (
+        isinstance(value, dict) and path[0] in value and _leads_somewhere(value[path[0]], path[1:])
+    )
+
+
 def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     """Load the training text and the text to evaluate on (None without evaluation).
 
     Raises UserError for what cannot be found, read or split.
     """
     if config.train_file:
-        rows = _load_files(config.train_file, config.split, config.streaming)
-        source = config.train_file[0]
+        documents = _load_files(
+            config.train_file, config.text_column, config.split, config.streaming
+        )
     elif config.dataset == BUNDLED:
         if config.split != "train":
             raise UserError("--split: the bundled corpus has only the split train")
-        rows, source = datasets.Dataset.from_list(list(corpus.rows())), "the bundled corpus"
+        rows = datasets.Dataset.from_list(list(corpus.rows()))
         rows = rows.to_iterable_dataset() if config.streaming else rows
+        documents = Documents(rows, config.text_column, "the bundled corpus")
     else:
         source = f"data set {config.dataset}"
         rows = _load(
             source, config.dataset, config.dataset_config, split=config.split,
             streaming=config.streaming,
         )
-    documents = Documents(rows, config.text_column, source)
+        documents = Documents(rows, config.text_column, source)
+    rows, source = documents.rows, documents.source
     # Of a stream the beginning is read, so that most of what can be wrong with it is told now.
     if (next(documents.batches(), None) is None) if config.streaming else len(rows) == 0:
         raise UserError(f"{source} is empty: there is nothing to train on")
 
     if config.eval_file:
-        held_out = _load_files(config.eval_file, "train", streaming=False)
-        return documents, Documents(held_out, config.text_column, config.eval_file[0])
+        return documents, _load_files(
+            config.eval_file, config.text_column, "train", streaming=False
+        )
     if config.eval_fraction == 0:
         return documents, None
     if len(rows) < 2:
@@ -157,14 +200,12 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     test_size = max(1, int(len(rows) * config.eval_fraction))
     parts = rows.train_test_split(test_size=test_size, seed=config.seed)
     return (
-        Documents(parts["train"], config.text_column, source),
-        Documents(parts["test"], config.text_column, f"the held-out part of {source}"),
+        replace(documents, rows=parts["train"]),
+        replace(documents, rows=parts["test"], source=f"the held-out part of {source}"),
     )
 
 
-def _load_files(
-    paths: tuple[str, ...], split: str, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_files(paths: tuple[str, ...], column: str, split: str, streaming: bool) -> Documents:
     kinds = set()
     for path in map(Path, paths):
         suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
@@ -180,7 +221,8 @@ def _load_files(
     kind = kinds.pop()
     # A byte-order mark is no text, and the word NA in a table is a word.
     of_kind: dict[str, dict[str, Any]] = {
-        "text": {"encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}
+        "text": {"encoding": "utf-8-sig"}, "jsonl": {"encoding": "utf-8-sig"},
+        "csv": {"keep_default_na": False},
     }  # fmt: skip
     options = of_kind.get(kind, {})
     with tempfile.TemporaryDirectory() as unpacked:
@@ -190,9 +232,11 @@ def _load_files(
             paths = tuple(_unpack(path, Path(unpacked)) for path in paths)
         # The library reads a path as a pattern: x[1].txt would mean x1.txt.
         files = list(map(glob.escape, paths))
-        return _load(
-            paths[0], kind, data_files=files, split=split, streaming=streaming, **options
+        rows = _load(
+            paths[0], "text" if kind == "jsonl" else kind, data_files=files, split=split,
+            streaming=streaming, **options,
         )
+    return Documents(rows, column, paths[0], json_lines=kind == "jsonl")
 
 
 def _unpack(path: str, directory: Path) -> str:
@@ -224,6 +268,7 @@ def _told_in_one_line(source: str) -> Iterator[None]:
     except (
         datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError,
         RuntimeError,  # a data set that is a script
+        TypeError,  # a column that has another type in another file
     ) as error:  # fmt: skip
         if "SchemaInferenceError" in repr(error.__cause__):  # what a file without any row leads to
             raise UserError(f"cannot load {source}: there is no text in it") from error

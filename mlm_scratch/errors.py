@@ -15,6 +15,11 @@ class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
 
 
+def shortened(text: str) -> str:
+    """A text as it is quoted in an error."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage text before an error: one line, exit code 2."""
 

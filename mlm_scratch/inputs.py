@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.errors import UserError
+from mlm_scratch.errors import UserError, shortened
 from mlm_scratch.load import REFUSALS, in_eval_mode, longest_input
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
@@ -144,8 +144,3 @@ def check_utf8(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"the {what} {shortened(text)} is not UTF-8") from error
-
-
-def shortened(text: str) -> str:
-    """A text as it is quoted in an error."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import processors
 
 from mlm_scratch import data
-from mlm_scratch.data import Documents, load_documents, prepare_rows
+from mlm_scratch.data import load_documents, prepare_rows
 from mlm_scratch.errors import UserError
 from mlm_scratch.recipes import resolve
 from tests.tiny import SENTENCES, byte_level_tokenizer
@@ -88,10 +88,26 @@ ANSWERS = [["first", "second"], [], ["third"]]
     ([{"answers": texts} for texts in ANSWERS], "answers"),
 ], ids=["struct of lists", "list of structs", "flattened", "list"])  # fmt: skip
 def test_both_schemas_of_answers(tmp_path, rows, column):
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    documents, _ = load_documents(config(path, text_column=column))
-    assert list(documents) == ["first second", "", "third"]
+    for name in ("a.json", "a.jsonl"):  # by `datasets`, and line by line
+        path = tmp_path / name
+        path.write_text("\n".join(map(json.dumps, rows)))
+        documents, _ = load_documents(config(path, text_column=column))
+        assert list(documents) == ["first second", "", "third"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_may_have_other_types_in_other_files(tmp_path, streaming):
+    """As in ELI5, where the first questions have no links."""
+    files = (
+        [{"text": "a", "links": {"url": []}}, {"text": None, "links": 3}],
+        [{"text": "b", "links": {"url": ["x"]}}, {"links": None}, {"text": "c", "more": [1, "2"]}],
+    )
+    for number, rows in enumerate(files):
+        (tmp_path / f"{number}.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    paths = tuple(str(tmp_path / f"{number}.jsonl") for number in range(2))
+    settings = replace(config(paths[0], streaming=streaming, max_steps=9), train_file=paths)
+    documents, _ = load_documents(settings)
+    assert list(documents) == ["a", "", "b", "", "c"]
 
 
 def test_blocks_are_the_concatenated_documents_cut_every_block_size(tmp_path):
@@ -248,6 +264,5 @@ def test_the_word_na_in_a_table_is_a_word(tmp_path):
 def test_a_missing_inner_column_is_said(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"answers": {"text": ["a"]}}))
-    documents: Documents = load_documents(config(path, text_column="answers.body"))[0]
-    with pytest.raises(UserError, match=r"no column 'answers.body': there is no 'body' inside"):
-        list(documents)
+    with pytest.raises(UserError, match=r"no column 'answers.body'; it has answers"):
+        load_documents(config(path, text_column="answers.body"))
