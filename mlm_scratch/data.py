@@ -142,6 +142,12 @@ class Documents:
                 )
             return self._pick(value.get(path[0]), path[1:])  # a line of JSON may lack it
         if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\ud83d"
+                raise UserError(
+                    f"cannot load {self.source}: {shortened(value)} is not Unicode text"
+                ) from error
             return value
         raise UserError(
             f"column {self.column!r} of {self.source} holds {type(value).__name__}, not text: name "

@@ -96,6 +96,7 @@ def write_files():
     Path("latin.txt").write_bytes("café\n".encode("latin-1") * 9)
     Path("utf16.txt").write_bytes(TEXT.encode("utf-16"))
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    Path("half.jsonl").write_text('{"text": "a \\ud83d b"}\n' * 9)
     Path("list.jsonl").write_text("[1, 2]\n[3]\n")
     Path("number.jsonl").write_text('{"text": 1}\n' * 9)
     Path("nested.jsonl").write_text('{"answers": {"text": ["a"]}}\n' * 9)
@@ -189,6 +190,7 @@ FILES = [
     ("latin.txt", "UnicodeDecodeError"),
     ("utf16.txt", "UnicodeDecodeError"),
     ("broken.jsonl", "broken.jsonl: Expecting value: line 1 column 10 (char 9) in the line"),
+    ("half.jsonl", "half.jsonl: 'a \\ud83d b' is not Unicode text"),
     ("list.jsonl", "list.jsonl: no JSON object: '[1, 2]'"),
     ("number.jsonl", "holds int, not text"),
     ("nested.jsonl", "no column 'text'; it has answers"),

@@ -107,7 +107,7 @@ def test_what_is_wrong_with_a_stream_is_one_line(files, tmp_path):
     good = "\n".join(json.dumps({"text": text}) for text in TEXTS)
     assert "has too little text for 16 lanes" in error('{"text": "one"}\n{"text": "two"}')
     assert "has no column 'answer'" in error(good, text_column="answer")
-    broken = f"{good}\n" * 40 + '{"text": "no end\n' + f"{good}\n" * 40
+    broken = f"{good}\n" * 4 + '{"text": "no end\n'  # after what is read beforehand
     assert str(tmp_path / "b.jsonl") in error(broken, max_steps=10_000, lr=1e-9)
     assert "holds a NUL" in error('{"text": "a\\u0000b"}\n' * 8)
 
