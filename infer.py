@@ -10,9 +10,9 @@ import argparse
 import io
 import sys
 
-from mlm_scratch.errors import OneLineParser, UserError, run_command
-from mlm_scratch.hub import go_offline_without_hub
-from mlm_scratch.run_dir import newest_model
+from mlm_scratch.hf.hub import go_offline_without_hub
+from mlm_scratch.run.directory import newest_model
+from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 
 
 def main() -> None:
@@ -31,9 +31,9 @@ def main() -> None:
     # Only now: these imports take seconds, and what was wrong so far is told at once.
     from transformers.utils import logging
 
-    from mlm_scratch.answers import Answers
-    from mlm_scratch.inputs import use_own_mask
-    from mlm_scratch.load import check_fit, load_model, load_tokenizer
+    from mlm_scratch.hf.encode import use_own_mask
+    from mlm_scratch.hf.load import check_fit, load_model, load_tokenizer
+    from mlm_scratch.inference.output import Answers
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()

@@ -13,11 +13,11 @@ import sys
 import typing
 from pathlib import Path
 
-from mlm_scratch.errors import OneLineParser, run_command
-from mlm_scratch.hub import can_load_tutorial, go_offline_without_hub
-from mlm_scratch.launch import this_launch
-from mlm_scratch.recipes import BUNDLED, RECIPES, TrainConfig, resolve
-from mlm_scratch.run_dir import resumed_config
+from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
+from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
+from mlm_scratch.run.directory import resumed_config
+from mlm_scratch.util.errors import OneLineParser, run_command
+from mlm_scratch.util.launch import this_launch
 
 
 def main() -> None:
@@ -56,9 +56,9 @@ def show_what_was_learned(directory: Path) -> None:
     """Fill a gap in three sentences that the bundled corpus does not contain: facts that it tells
     in other words. They are the first, middle and last of those whose answer is one token after a
     space, whatever the model makes of them."""
-    from mlm_scratch.corpus import unseen_sentences
+    from mlm_scratch.data.corpus import unseen_sentences
     from mlm_scratch.fill_mask import fill_mask
-    from mlm_scratch.load import load_model, load_tokenizer, longest_input
+    from mlm_scratch.hf.load import load_model, load_tokenizer, longest_input
 
     tokenizer, model = load_tokenizer(directory), load_model(directory)
     gaps = []
@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog="The defaults shown are those of the recipe tutorial; bundled has some of its own "
-        "(mlm_scratch/recipes.py).",
+        "(mlm_scratch/config.py).",
     )
     parser.add_argument(
         "--recipe", choices=("auto", *RECIPES),

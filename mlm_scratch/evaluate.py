@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from mlm_scratch.data import TokenRows
-from mlm_scratch.load import in_eval_mode
+from mlm_scratch.config import TrainConfig
+from mlm_scratch.data.rows import TokenRows
+from mlm_scratch.hf.load import in_eval_mode
 from mlm_scratch.loader import Collator
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import masked_lm_logits
+from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
-from mlm_scratch.progress import progress_bar
-from mlm_scratch.ranks import ALONE, Ranks
-from mlm_scratch.recipes import TrainConfig
-from mlm_scratch.signals import StopRequest
+from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.util.progress import progress_bar
 
 
 @torch.no_grad()

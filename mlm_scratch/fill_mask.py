@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.errors import UserError
-from mlm_scratch.inputs import ask, encode, find_masks, find_target_ids
-from mlm_scratch.load import check_no_nan
+from mlm_scratch.hf.encode import ask, encode, find_masks, find_target_ids
+from mlm_scratch.hf.load import check_no_nan
+from mlm_scratch.util.errors import UserError
 
 
 def fill_mask(

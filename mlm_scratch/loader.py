@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mlm_scratch.data import TokenRows
+from mlm_scratch.config import TrainConfig
+from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
-from mlm_scratch.ranks import ALONE, Ranks
-from mlm_scratch.recipes import TrainConfig
+from mlm_scratch.parallel.ranks import ALONE, Ranks
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 train.py --epochs 2
 
 `run_steps` is the loop; one pass of it is one optimizer step. What is built before the first step
-is in setup.py; the run directory that the steps leave behind is opened and concluded in run.py.
+is in run/build.py; the run directory is opened and concluded in run/session.py.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from mlm_scratch.config import TrainConfig
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import masked_lm_loss
-from mlm_scratch.ranks import all_ranks
-from mlm_scratch.recipes import TrainConfig
-from mlm_scratch.report import NoReport, Report
-from mlm_scratch.run import open_run
-from mlm_scratch.setup import LOST_STEPS_IN_A_ROW, Training
-from mlm_scratch.signals import StopRequest
+from mlm_scratch.parallel.ranks import all_ranks
+from mlm_scratch.run.build import LOST_STEPS_IN_A_ROW, Training
+from mlm_scratch.run.metrics import NoReport, Report
+from mlm_scratch.run.session import open_run
+from mlm_scratch.run.signals import StopRequest
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:

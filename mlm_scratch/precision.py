@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mlm_scratch.errors import UserError
-from mlm_scratch.launch import this_launch
+from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.launch import this_launch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlm_scratch.errors import run_command
+from mlm_scratch.util.errors import run_command
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it; tests of the Hub unset it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -51,7 +51,7 @@ def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
     import torch  # not before the environment is set
 
-    from tests.tiny import SENTENCES, save_roberta
+    from tests.support.tiny import SENTENCES, save_roberta
 
     torch.manual_seed(1)
     save_roberta(directory / "model")

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_scratch.checkpoint import checkpoints, find_fault, load_state
-from mlm_scratch.errors import UserError
+from mlm_scratch.config import resolve
 from mlm_scratch.loop import run_steps, train
-from mlm_scratch.recipes import resolve
-from mlm_scratch.report import Report
-from mlm_scratch.setup import prepare
-from mlm_scratch.signals import StopRequest
-from tests.tiny import SENTENCES, save_roberta
+from mlm_scratch.run.build import prepare
+from mlm_scratch.run.checkpoint import checkpoints, find_fault, load_state
+from mlm_scratch.run.metrics import Report
+from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.util.errors import UserError
+from tests.support.tiny import SENTENCES, save_roberta
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

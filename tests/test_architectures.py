@@ -12,14 +12,14 @@ import torch
 import transformers
 from transformers import AutoModelForMaskedLM, FillMaskPipeline
 
-from mlm_scratch.data import TokenRows
+from mlm_scratch.config import TUTORIAL
+from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.hf.checks import ignores_padding, sparse_head_works, unused_parameters
 from mlm_scratch.model import MaskedLM, masked_lm_loss
 from mlm_scratch.precision import Precision
-from mlm_scratch.probe import ignores_padding, sparse_head_works, unused_parameters
-from mlm_scratch.recipes import TUTORIAL
-from tests.tiny import SENTENCES, byte_level_tokenizer
+from tests.support.tiny import SENTENCES, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 BERT_LIKE = {

@@ -18,8 +18,8 @@ from transformers import (
 
 import infer
 import train
-from mlm_scratch.small_model import train_tokenizer
-from tests.tiny import SENTENCES, byte_level_tokenizer, save_roberta
+from mlm_scratch.hf.small_modernbert import train_tokenizer
+from tests.support.tiny import SENTENCES, byte_level_tokenizer, save_roberta
 
 TEXT = "\n".join(f"{i}: {sentence}" for i in range(8) for sentence in SENTENCES)
 MILKY_WAY = "The Milky Way is a <mask> galaxy."

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlm_scratch.corpus import unseen_sentences
+from mlm_scratch.data.corpus import unseen_sentences
 from mlm_scratch.fill_mask import fill_mask
-from mlm_scratch.load import load_model, load_tokenizer
-from tests.fact_prompts import EMITTED, NEVER_EMITTED
+from mlm_scratch.hf.load import load_model, load_tokenizer
+from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
 
 ROOT = Path(__file__).parent.parent
 

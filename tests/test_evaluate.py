@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mlm_scratch.data import TokenRows
+from mlm_scratch.config import TUTORIAL
+from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.loader import Collator
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
-from mlm_scratch.recipes import TUTORIAL
-from tests.tiny import byte_level_tokenizer, roberta
+from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
 CPU = Precision(torch.device("cpu"), torch.float32)

@@ -6,13 +6,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from mlm_scratch.data import TokenRows
+from mlm_scratch.config import resolve
+from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.loader import Collator, Loader, epoch_order
 from mlm_scratch.masking import mask_tokens
 from mlm_scratch.model import masked_lm_loss
-from mlm_scratch.recipes import resolve
-from tests.tiny import byte_level_tokenizer, roberta
+from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
 

@@ -3,10 +3,10 @@
 import pytest
 from transformers import BertConfig, BertForMaskedLM, FillMaskPipeline
 
-from mlm_scratch.errors import UserError
 from mlm_scratch.fill_mask import fill_mask, walk_through
-from mlm_scratch.inputs import use_own_mask
-from tests.tiny import byte_level_tokenizer, roberta, wordpiece_tokenizer
+from mlm_scratch.hf.encode import use_own_mask
+from mlm_scratch.util.errors import UserError
+from tests.support.tiny import byte_level_tokenizer, roberta, wordpiece_tokenizer
 
 
 def bert(tokenizer):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from mlm_scratch.data import TokenRows
+from mlm_scratch.config import TUTORIAL
+from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.loader import Collator, Loader, epoch_order
 from mlm_scratch.masking import IGNORE
-from mlm_scratch.recipes import TUTORIAL
-from tests.tiny import byte_level_tokenizer
+from tests.support.tiny import byte_level_tokenizer
 
 CPU = torch.device("cpu")
 class ToyTokenizer:

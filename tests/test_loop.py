@@ -18,15 +18,15 @@ from transformers import (
 )
 
 import infer
-from mlm_scratch.checkpoint import checkpoints
-from mlm_scratch.errors import UserError
 from mlm_scratch.loop import run_steps, train
-from mlm_scratch.report import Report
-from mlm_scratch.run_dir import make_run_dir
-from mlm_scratch.setup import prepare
-from mlm_scratch.signals import StopRequest
-from tests.faults import assert_same, assert_same_run
-from tests.tiny import byte_level_tokenizer, save_roberta, small_config
+from mlm_scratch.run.build import prepare
+from mlm_scratch.run.checkpoint import checkpoints
+from mlm_scratch.run.directory import make_run_dir
+from mlm_scratch.run.metrics import Report
+from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.util.errors import UserError
+from tests.support.same import assert_same, assert_same_run
+from tests.support.tiny import byte_level_tokenizer, save_roberta, small_config
 
 
 def metrics(run_dir):
@@ -172,7 +172,7 @@ def test_a_model_that_the_sparse_head_does_not_know_runs_dense_and_says_so(
 ):
     dense = metrics(train(small_config(files, dense_head=True)))
     assert "head" not in capsys.readouterr().out
-    monkeypatch.setattr("mlm_scratch.setup.sparse_head_works", lambda net: False)
+    monkeypatch.setattr("mlm_scratch.run.build.sparse_head_works", lambda net: False)
     assert metrics(train(small_config(files))) == dense
     lines = [line for line in capsys.readouterr().out.splitlines() if "head" in line]
     assert len(lines) == 1 and "running it on all of them" in lines[0]

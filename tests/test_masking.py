@@ -8,7 +8,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
-from tests.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokenizer
+from tests.support.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokenizer
 
 TOKENIZERS = [byte_level_tokenizer(), wordpiece_tokenizer()]
 PROBABILITIES = [

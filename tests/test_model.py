@@ -12,12 +12,18 @@ from transformers import (
     PerceiverForMaskedLM,
 )
 
-from mlm_scratch.errors import UserError
-from mlm_scratch.load import check_fit, load_model, load_tokenizer, longest_input
+from mlm_scratch.hf.checks import sparse_head_works
+from mlm_scratch.hf.load import check_fit, load_model, load_tokenizer, longest_input
+from mlm_scratch.hf.small_modernbert import small_modernbert, train_tokenizer
 from mlm_scratch.model import MaskedLM, masked_lm_loss
-from mlm_scratch.probe import sparse_head_works
-from mlm_scratch.small_model import small_modernbert, train_tokenizer
-from tests.tiny import SENTENCES, byte_level_tokenizer, roberta, save_roberta, wordpiece_tokenizer
+from mlm_scratch.util.errors import UserError
+from tests.support.tiny import (
+    SENTENCES,
+    byte_level_tokenizer,
+    roberta,
+    save_roberta,
+    wordpiece_tokenizer,
+)
 
 BERT = BertConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,

@@ -15,13 +15,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from mlm_scratch.data import load_documents, prepare_rows
+from mlm_scratch.config import resolve
+from mlm_scratch.data.rows import load_documents, prepare_rows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.loop import train
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
-from mlm_scratch.recipes import resolve
-from tests.tiny import SENTENCES, save_roberta
+from tests.support.tiny import SENTENCES, save_roberta
 
 
 @pytest.fixture(scope="module")

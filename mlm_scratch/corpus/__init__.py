@@ -1,5 +1,0 @@
-"""The bundled corpus: tables of true facts, and the generator that phrases them."""
-
-from mlm_scratch.corpus.generate import rows, unseen_sentences
-
-__all__ = ["rows", "unseen_sentences"]

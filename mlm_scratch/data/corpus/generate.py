@@ -1,0 +1,78 @@
+"""Turn the tables of facts into rows that look like ELI5 questions with their answers.
+
+    from datasets import Dataset
+    dataset = Dataset.from_list(rows())     # column answers.text: a list of short answers
+
+Every fact is said in every phrasing of its table except one, equally often, in random order. Most
+rows have one answer of one sentence: what people will ask the model to fill looks just like it, and
+there is nothing to copy the hidden word from, so it has to be remembered.
+"""
+
+import random
+from collections.abc import Iterator
+
+from mlm_scratch.data.corpus.facts import TABLES, Table
+
+REPEATS = 26  # how often each sentence answers first; training time is proportional to it
+SECOND_ANSWER = 1 / 8  # share of the questions that somebody else answers as well
+SEED = 0
+
+
+def fill(template: str, table: Table, fact: tuple[str, ...]) -> str:
+    """Put the values of one fact into a phrasing or question, with a capital letter in front."""
+    text = template.format(**dict(zip(table.columns, fact, strict=True)))
+    return text[0].upper() + text[1:]
+
+
+def held_out(table: Table, fact_number: int) -> int:
+    """The number of the one phrasing that the corpus never uses for this fact.
+
+    Whoever fills the blank in such a sentence has learned the fact apart from the phrasing: the
+    fact is known from other phrasings, the phrasing from other facts, but this sentence is new.
+    """
+    return fact_number % len(table.phrasings)
+
+
+def explanations() -> Iterator[tuple[str, str, list[str]]]:
+    """(category, question, answers) for each fact: all its phrasings but the one held out."""
+    for table in TABLES:
+        for number, fact in enumerate(table.facts):
+            answers = [fill(phrasing, table, fact) for phrasing in table.phrasings]
+            del answers[held_out(table, number)]
+            yield table.category, fill(table.question, table, fact), answers
+
+
+def unseen_sentences() -> Iterator[tuple[str, str]]:
+    """(sentence, answer) of each fact in the one phrasing that the corpus never uses for it."""
+    for table in TABLES:
+        for number, fact in enumerate(table.facts):
+            yield fill(table.phrasings[held_out(table, number)], table, fact), fact[-1]
+
+
+def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
+    """The corpus in the schema of `eli5_category`; the same rows for the same arguments, always."""
+    rng = random.Random(seed)
+    said = []
+    for category, question, answers in explanations():
+        for answer in answers * repeats:
+            more = [rng.choice(answers)] if rng.random() < SECOND_ANSWER else []
+            said.append((category, question, [answer, *more]))
+    rng.shuffle(said)
+    return [
+        {
+            "q_id": f"q{number:06d}",
+            "title": question,
+            "selftext": "",
+            "category": category,
+            "subreddit": "explainlikeimfive",
+            "answers": {
+                "a_id": [f"a{number:06d}{letter}" for letter in "ab"[: len(answers)]],
+                "text": answers,
+                "score": [rng.randint(1, 99) for _ in answers],
+                "text_urls": [[] for _ in answers],
+            },
+            "title_urls": [],
+            "selftext_urls": [],
+        }
+        for number, (category, question, answers) in enumerate(said)
+    ]

@@ -1,0 +1,213 @@
+"""Where a run lives: names that never collide, run.json, and runs/latest."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlm_scratch.config import TrainConfig
+from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.launch import this_launch
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+RUN_JSON = "run.json"
+LOCK = ".lock"
+
+# What a resumed run may do otherwise than it began; anything else would make it another run.
+MAY_CHANGE = {
+    "epochs", "max_steps", "log_every", "save_every", "keep", "eval_every",
+    "device", "precision", "compile", "output_dir",
+}
+# What changes with the number of processes, so that the rows per step stay what they were.
+SHARED_OUT = {"batch_size", "accumulate"}
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise UserError where --output-dir holds a run or cannot be a directory."""
+    if config.output_dir is None:
+        return
+    run_dir = Path(config.output_dir)
+    try:
+        run_dir.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--output-dir cannot be used: {error.strerror}") from error
+    if (run_dir / RUN_JSON).exists():
+        raise UserError(
+            f"{run_dir} already holds a run: add --resume to go on with it, or name another "
+            "--output-dir"
+        )
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--output-dir {run_dir} is not a directory")
+    if (run_dir / "model").exists() or any(run_dir.glob("checkpoint-*")):
+        raise UserError(
+            f"{run_dir} holds models that are not of a run of train.py: name another --output-dir"
+        )
+
+
+def make_run_dir(config: TrainConfig) -> Path:
+    """Make the directory of a new run: --output-dir, or the first free runs/<recipe>-N.
+
+    Raises UserError where it cannot be made, or where another run has taken it meanwhile.
+    """
+    try:
+        if config.output_dir is not None:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            check_output_dir(config)
+            return Path(config.output_dir)
+        RUNS.mkdir(exist_ok=True)
+        number = 1
+        while True:
+            run_dir = RUNS / (config.recipe if number == 1 else f"{config.recipe}-{number}")
+            try:
+                run_dir.mkdir()  # of two runs that start at once, one gets this name
+                return run_dir
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(f"cannot make the run directory: {error}") from error
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory. The system frees the lock when this process
+    ends, however it ends.
+
+    Raises UserError where another one has it, or where nothing can be written.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            lock = opened.enter_context(open(run_dir / LOCK, "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run_dir} is in use by another process: wait for it, stop it, or begin a run "
+                "with another --output-dir"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
+        yield
+
+
+def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> TrainConfig:
+    """The settings of the run in `output_dir` (None: the newest run), with `changes`. Another
+    number of processes shares out the same rows per step.
+
+    Raises UserError if there is no run, or if a change would make it another run.
+    """
+    run_dir = LATEST.resolve() if output_dir is None else Path(output_dir)
+    try:
+        noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+        saved: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in noted["config"].items()
+        }
+        # The same command line again is no change, however the rows are shared out now.
+        changes = {
+            name: value for name, value in changes.items() if value != saved.get(name)
+        }
+        saved |= _shared_out(saved["batch_size"], saved["accumulate"], noted["processes"])
+    except FileNotFoundError as error:
+        raise UserError(f"--resume: there is no run in {run_dir}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
+    for name, value in changes.items():
+        begun_with = saved.get(name)
+        if name not in MAY_CHANGE and begun_with != value:
+            raise UserError(
+                f"--resume: this run was begun with {name} {begun_with!r}, not {value!r}; "
+                "begin a new run for that"
+            )
+        if name != "output_dir" and begun_with != value:
+            print(f"changed: {name} is {value} now, not {begun_with}")
+    try:
+        return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
+    except TypeError as error:  # a setting that there is not, or no longer
+        raise UserError(f"--resume: {run_dir} was begun by another version: {error}") from error
+
+
+def _shared_out(batch_size: int, accumulate: int, processes: int) -> dict[str, int]:
+    """The batch_size (no larger) and accumulate with which the processes that there are now do the
+    same steps as `processes`, with which the run was begun."""
+    now, rows = this_launch().size, batch_size * accumulate * processes
+    if now == processes:
+        return {}
+    if rows % now > 0:
+        raise UserError(
+            f"--resume: this run has {rows} rows per step, which {now} processes cannot share: "
+            "take a divisor of that number"
+        )
+    share = rows // now
+    size = max(size for size in range(1, batch_size + 1) if share % size == 0)
+    print(
+        f"changed: begun by {processes} processes, now {now}, each with batch_size {size} and "
+        f"accumulate {share // size}"
+    )
+    return {"batch_size": size, "accumulate": share // size}
+
+
+def run_of_launch(output_dir: str | None, launch: str) -> Path | None:
+    """The run that this launch of processes has begun or gone on with before, if any."""
+    for run_dir in [Path(output_dir)] if output_dir else RUNS.glob("*"):
+        try:
+            noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+            if noted["launch"] == launch:
+                return run_dir.resolve()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
+    """Note what the run was told, what it runs on and in which launch of processes. How it is
+    shared out among processes stays as it was begun."""
+    packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
+    content: dict[str, Any] = {
+        "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()},
+        "processes": this_launch().size,
+        "launch": launch,
+    }
+    try:
+        if (run_dir / RUN_JSON).exists():
+            begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+            content["processes"] = begun["processes"]
+            content["config"] |= {name: begun["config"][name] for name in SHARED_OUT}
+        unfinished = run_dir / f".{RUN_JSON}"
+        unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(unfinished, run_dir / RUN_JSON)
+    except OSError as error:
+        raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
+
+
+def newest_model() -> Path:
+    """The model of the newest run; of one that did not finish, its newest checkpoint."""
+    if (LATEST / "model").is_dir():
+        return LATEST / "model"
+    from mlm_scratch.run.checkpoint import newest_valid_checkpoint
+
+    checkpoint = newest_valid_checkpoint(LATEST) if LATEST.is_dir() else None
+    if checkpoint is None:
+        raise UserError("there is no trained model yet: run python train.py, or name a --model")
+    print(f"{LATEST} is not finished: using {checkpoint.name}", file=sys.stderr)
+    return checkpoint
+
+
+def point_latest_to(run_dir: Path) -> None:
+    """Make runs/latest a link to this run."""
+    unfinished = RUNS / f".latest-{os.getpid()}"
+    try:
+        RUNS.mkdir(exist_ok=True)
+        unfinished.symlink_to(os.path.relpath(run_dir.resolve(), RUNS.resolve()))
+        os.replace(unfinished, LATEST)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        print(f"warning: {LATEST} cannot be set: {error.strerror}", file=sys.stderr)

@@ -1,0 +1,77 @@
+"""The bundled corpus: the same every time, in the ELI5 schema, and fair to the list of prompts."""
+
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+
+from mlm_scratch.data.corpus import rows
+from mlm_scratch.data.corpus.facts import TABLES
+from mlm_scratch.data.corpus.generate import REPEATS, explanations, fill
+from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return rows()
+
+
+def test_the_corpus_is_the_same_every_time(corpus):
+    assert rows() == corpus
+    assert rows(seed=1) != corpus
+
+
+def test_rows_follow_the_eli5_schema(corpus):
+    dataset = Dataset.from_list(corpus)
+    assert dataset.column_names == [
+        "q_id", "title", "selftext", "category", "subreddit", "answers",
+        "title_urls", "selftext_urls",
+    ]  # fmt: skip
+    assert len(set(dataset["q_id"])) == len(corpus)
+    for row in corpus:
+        answers = row["answers"]
+        assert set(answers) == {"a_id", "text", "score", "text_urls"}
+        assert len({len(values) for values in answers.values()}) == 1  # one of each per answer
+        assert all(answers["text"]) and row["title"].endswith("?")
+
+
+def test_every_fact_is_said_equally_often_in_all_phrasings_but_one(corpus):
+    said = Counter(text for row in corpus for text in row["answers"]["text"])
+    first = Counter(row["answers"]["text"][0] for row in corpus)
+    assert set(first.values()) == {REPEATS} and first.keys() == said.keys()
+    for table in TABLES:
+        for fact in table.facts:
+            wordings = {fill(phrasing, table, fact) for phrasing in table.phrasings}
+            assert len(wordings - said.keys()) == 1, f"{fact}: one phrasing has to be held out"
+
+
+def test_no_phrasing_says_the_answer_twice():
+    for table in TABLES:
+        answer = "{" + table.columns[-1] + "}"
+        assert all(phrasing.count(answer) == 1 for phrasing in table.phrasings)
+
+
+def test_prompts_are_what_their_list_says(corpus):
+    text = "\n".join(" ".join(row["answers"]["text"]) for row in corpus)
+    for prompt, answer in EMITTED:
+        assert prompt.replace("<mask>", answer) in text, prompt
+    for prompt, answer in NEVER_EMITTED:
+        assert prompt.replace("<mask>", answer) not in text, prompt
+    assert len(EMITTED) + len(NEVER_EMITTED) >= 120 and len(NEVER_EMITTED) >= 40
+
+
+def test_a_prompt_has_one_answer():
+    """No two sentences of the corpus, and no two prompts, differ in the hidden word alone."""
+    prompts = [prompt for prompt, _ in EMITTED + NEVER_EMITTED]
+    assert len(prompts) == len(set(prompts))
+    emitted = [answer.split() for _, _, answers in explanations() for answer in answers]
+    for prompt, answer in EMITTED + NEVER_EMITTED:
+        before, after = prompt.split("<mask>")
+        fills = {
+            words[len(before.split())]
+            for words in emitted
+            if len(words) == len(prompt.split())
+            and " ".join(words).startswith(before)
+            and " ".join(words).endswith(after)
+        }
+        assert {word.strip(".,") for word in fills} <= {answer}, prompt

@@ -1,0 +1,158 @@
+"""The recipe `tutorial` and the choice `auto`, with the Hub's real clients.
+
+Where the Hub is not, a stand-in on loopback serves a small model and a small data set under the
+tutorial's names.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from mlm_scratch.config import TUTORIAL
+from mlm_scratch.hf.hub import hub_answers
+from tests.support.hub_server import StandInHub
+from tests.support.tiny import SENTENCES, save_roberta
+
+ROOT = Path(__file__).parents[2]
+MILKY_WAY = "The Milky Way is a <mask> galaxy."
+
+
+def questions(count):
+    """Rows in the schema of ELI5-category, every answer 60 words or more."""
+    return [
+        {
+            "q_id": f"q{i}", "title": f"Why {i}?", "selftext": "", "category": "Physics",
+            "subreddit": "explainlikeimfive",
+            "answers": {
+                "a_id": [f"a{i}", f"b{i}"],
+                "text": [f"Because of {i}: {' '.join(SENTENCES)}", " ".join(SENTENCES[i % 6 :])],
+                "score": [i, -1], "text_urls": [[], []],
+            },
+            "title_urls": ["url"], "selftext_urls": ["url"],
+        }
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The stand-in, not yet listening."""
+    root = tmp_path_factory.mktemp("repositories")
+    torch.manual_seed(1)
+    save_roberta(root / "model", max_position_embeddings=130 + 2)
+    (root / "data/data").mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(questions(60))
+    pyarrow.parquet.write_table(table, root / "data/data/train-00000-of-00001.parquet")
+    return StandInHub(
+        models={TUTORIAL.model: root / "model"}, datasets={TUTORIAL.dataset: root / "data"}
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The clients' cache, filled by the first test and used by the later ones."""
+    return tmp_path_factory.mktemp("hf_home")
+
+
+def call(environment, *arguments, script="train.py"):
+    """Run a command line in a new process, in which the clients read their environment."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=300,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_the_tutorial_runs_whole_against_the_hub(hub, home):
+    token = "hf_" + 34 * "x"
+    with hub:
+        run = call(hub.environment(home) | {"HF_TOKEN": token}, "--recipe", "tutorial")
+    assert run.returncode == 0, run.stderr
+    written = b"".join(path.read_bytes() for path in Path("runs").rglob("*") if path.is_file())
+    assert len(written) > 10**5 and token.encode() not in written
+    assert token not in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
+    config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
+    assert config == json.loads(json.dumps(vars(TUTORIAL))) | {"output_dir": "runs/tutorial"}
+    assert "48 documents of data set dany0407/eli5_category" in run.stdout
+    lines = list(map(json.loads, Path("runs/tutorial/metrics.jsonl").read_text().splitlines()))
+    assert [line["epoch"] for line in lines if "eval_loss" in line] == [1.0, 2.0]
+    assert [line["step"] for line in lines if "loss" in line][:2] == [10, 20]
+    fills = call(os.environ, MILKY_WAY, "--json", script="infer.py")
+    assert len(json.loads(fills.stdout)) == 5
+
+
+def test_auto_takes_the_tutorial_where_the_hub_answers(hub, home):
+    with hub:
+        run = call(hub.environment(home), "--max-steps", "2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("recipe tutorial: the Hugging Face Hub answers\n")
+
+
+def test_auto_takes_the_tutorial_from_the_cache_where_nothing_answers(hub, home):
+    environment = hub.environment(home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    run = call(environment, "--max-steps", "2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("recipe tutorial: the Hub does not answer, but its model and")
+    assert "Retrying" not in run.stderr
+
+
+def test_auto_takes_the_bundled_recipe_where_there_is_nothing(hub, tmp_path):
+    environment = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    run = call(environment, "--max-steps", "2", "--eval-fraction", "0")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("recipe bundled: no download needed; the Hub does not answer")
+    assert Path("runs/bundled/model/model.safetensors").is_file()
+
+
+def test_a_hub_that_takes_the_call_and_never_speaks_is_left_in_time(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
+        start = time.monotonic()
+        assert not hub_answers(TUTORIAL.model)
+        assert 2 < time.monotonic() - start < 5
+
+
+def test_the_tutorial_is_an_error_where_it_was_asked_for(hub, tmp_path):
+    environment = hub.environment(tmp_path, offline=True)
+    run = call(environment, "--recipe", "tutorial")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: cannot load")
+    assert "Traceback" not in run.stderr
+    assert not Path("runs").exists()
+
+
+def test_a_model_that_the_hub_does_not_have(hub, home):
+    with hub:
+        run = call(hub.environment(home) | {"HF_TOKEN": "hf_secret"}, "--model", "no/such")
+    assert run.returncode == 2 and "hf_secret" not in run.stdout + run.stderr
+    assert "no/such" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+
+
+@pytest.mark.hub
+def test_the_real_hub():
+    """The real tutorial, shortened: the tokenizer's ids as the tutorial prints them, some steps,
+    and spiral among the fills."""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    probe = "from mlm_scratch.hf.hub import *; print(hub_answers(TUTORIAL.model, 10))"
+    answer = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    if answer.stdout.strip() != "True":
+        pytest.skip("the Hugging Face Hub does not answer")
+    run = call(environment, "--recipe", "tutorial", "--max-steps", "20", "--eval-fraction", "0.02")
+    assert run.returncode == 0, run.stderr
+    fills = call(environment, MILKY_WAY, script="infer.py").stdout
+    assert "[0, 133, 36713, 4846, 16, 10, 50264, 22703, 4, 2]" in fills
+    assert "The Milky Way is a spiral galaxy." in fills

@@ -1,0 +1,430 @@
+"""This project and the reference side by side: python -m tests.tools.bench --help
+
+Every comparison runs both in turn, A B A B ..., and prints the median of the ratios with the
+smallest and the largest. Only ratios mean something: the seconds depend on what else runs.
+
+    python -m tests.tools.bench --model distilbert/distilroberta-base --text questions.jsonl.gz
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from mlm_scratch.config import TrainConfig, resolve
+from mlm_scratch.data import rows as data
+from mlm_scratch.hf.load import load_model
+from mlm_scratch.loader import Collator
+from mlm_scratch.loop import run_steps
+from mlm_scratch.precision import choose_precision
+from mlm_scratch.run.build import prepare
+from mlm_scratch.run.signals import StopRequest
+
+ROOT = Path(__file__).parents[2]
+PIPELINE = """
+import sys
+from transformers import pipeline
+print(pipeline("fill-mask", model=sys.argv[1])(sys.argv[2]))
+"""
+
+
+# ---- The work, once by us and once by the reference ----------------------------------------------
+
+
+class Clock:
+    """Stands where the report of a run stands, and notes when each step was done."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def advance(self, n_tokens: int) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def log(self, *metrics: float) -> None:
+        """Nothing to do: the run is about its time."""
+
+
+def our_steps(
+    model: str, text: str, column: str, device: str, batch_size: str, steps: str
+) -> float:
+    """Seconds per optimizer step of the loop."""
+    t = prepare(tutorial_shape(model, text, column, device=device, batch_size=int(batch_size)))
+    clock, all_steps = Clock(), t.loader.steps
+    t.total_steps = int(steps) + 2
+    t.loader.steps = lambda first, last: all_steps(first, last - 1)  # the last would be saved
+    run_steps(t, Path(), clock, StopRequest())
+    return seconds_per_step(clock, t.precision.device)
+
+
+def seconds_per_step(clock: Clock, device: torch.device) -> float:
+    """Without the first step, which allocates. On a GPU single steps are not timed, but all of
+    them together."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return (time.perf_counter() - clock.times[1]) / (len(clock.times) - 2)
+    return statistics.median(np.diff(clock.times)[1:])
+
+
+class StepTimes(TrainerCallback):
+    """Notes when Trainer has done each step."""
+
+    def __init__(self):
+        self.clock = Clock()
+
+    def on_step_end(self, *args, **kwargs):
+        self.clock.advance(0)
+
+
+def reference_steps(
+    model: str, text: str, column: str, device: str, batch_size: str, steps: str
+) -> float:
+    """Seconds per optimizer step of Trainer."""
+    config = tutorial_shape(model, text, column, device=device, batch_size=int(batch_size))
+    precision = choose_precision(config.device, config.precision)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
+    count, times = int(steps) + 1, StepTimes()
+    with tempfile.TemporaryDirectory() as directory:
+        Trainer(
+            model=load_model(model, "scratch"),
+            args=TrainingArguments(
+                directory, max_steps=count, per_device_train_batch_size=config.batch_size,
+                learning_rate=config.lr, save_strategy="no", report_to="none", disable_tqdm=True,
+                use_cpu=precision.device.type == "cpu", bf16=precision.dtype == torch.bfloat16,
+                logging_steps=10_000,
+            ),
+            train_dataset=examples_of(rows, count * config.batch_size),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.seed),
+            callbacks=[times],
+        ).train()  # fmt: skip
+    return seconds_per_step(times.clock, precision.device)
+
+
+def tutorial_grouping(examples: dict[str, list[list[int]]], block_size: int) -> dict:
+    """What the tutorial does to a batch of 1,000 documents: add all lists up, cut the sum."""
+    joined = {key: sum(lists, []) for key, lists in examples.items()}  # noqa: RUF017
+    total = len(joined["input_ids"]) // block_size * block_size
+    blocks = {
+        key: [ids[i : i + block_size] for i in range(0, total, block_size)]
+        for key, ids in joined.items()
+    }
+    return blocks | {"labels": blocks["input_ids"].copy()}
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Seconds that `work` takes, the mean of `times` calls."""
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
+
+
+def in_turn(ours: Callable[[], float], reference: Callable[[], float], repeats: int) -> dict:
+    """A B A B ...: medians of both and of the ratio reference / ours, with its spread."""
+    ours(), reference()  # both once to warm up
+    pairs = [(ours(), reference()) for _ in range(repeats)]
+    ratios = [theirs / mine for mine, theirs in pairs]
+    return {
+        "ours": statistics.median(mine for mine, _ in pairs),
+        "reference": statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+    }  # fmt: skip
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the encoder's largest matrix product, by itself: the best of 20."""
+    a = torch.randn(1024, 768, device=device, dtype=dtype)
+    b = torch.randn(768, 3072, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 10 * 2 * 1024 * 768 * 3072 / (time.perf_counter() - start))
+    return best
+
+
+def step_flops(model, tokens: int, block_size: int, masked: int) -> float:
+    """Arithmetic of one training step: 6 FLOP per weight and token (2 forward, 4 backward) in the
+    encoder's matrices, the attention products, and the head on masked tokens only."""
+    config = model.config
+    matrices = sum(
+        module.weight.numel()
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    attention = 2 * config.num_hidden_layers * block_size * config.hidden_size
+    head = config.hidden_size * (config.hidden_size + config.vocab_size)
+    return 6 * (tokens * (matrices + attention) + masked * head)
+
+
+def in_a_process(function: str, *arguments: str, **environment: str) -> list[float]:
+    """Call a function of this module in a process of its own: the numbers it prints, the one it
+    returns (seconds), and the peak memory of the process in bytes."""
+    code = (
+        "import sys; from tests.tools import bench;"
+        f"print(bench.{function}(*sys.argv[1:]));"
+        "print(bench.memory_of_process('VmHWM'))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | environment,
+    )  # fmt: skip
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return [float(line) for line in result.stdout.splitlines() if re.fullmatch(r"[\d.e+-]+", line)]
+
+
+# ---- The comparisons -----------------------------------------------------------------------------
+
+
+def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yield (name, result) of every comparison."""
+    repeats = arguments.repeats
+    config = tutorial_shape(
+        arguments.model, arguments.text, arguments.text_column,
+        device=arguments.device, batch_size=arguments.batch_size,
+    )  # fmt: skip
+    documents, _ = data.load_documents(config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    texts = list(documents)
+
+    with tempfile.TemporaryDirectory() as directory:
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(directory)
+        mapped = datasets.load_from_disk(directory)  # as load_dataset leaves them
+        yield "tokenizing", in_turn(
+            lambda: seconds(lambda: sum(1 for _ in data.tokenize(documents, tokenizer, config))),
+            lambda: seconds(lambda: tokenize_with_map(mapped, tokenizer)),
+            max(1, repeats // 2),
+        )
+
+    encoded = [
+        dict(tokenizer(texts[i : i + 1000], verbose=False)) for i in range(0, len(texts), 1000)
+    ]
+    ids = [batch["input_ids"] for batch in encoded]
+    yield "grouping", in_turn(
+        lambda: seconds(lambda: group(ids)),
+        lambda: seconds(lambda: [tutorial_grouping(batch, 128) for batch in encoded]),
+        max(1, repeats // 2),
+    )
+
+    rows = data.prepare_rows(documents, tokenizer, config)
+    examples = examples_of(rows, 2000)
+    for size in (8, 256):
+        collator = Collator(tokenizer, config)
+        reference = DataCollatorForLanguageModeling(tokenizer, seed=42)
+        indices, part = np.arange(size), examples[:size]
+        times = 2000 // size
+        yield f"batch of {size} x 128", in_turn(
+            lambda: seconds(lambda: collator(rows, indices), times),  # noqa: B023
+            lambda: seconds(lambda: reference([dict(e) for e in part]), times),  # noqa: B023
+            repeats,
+        )
+
+    shape = (arguments.model, arguments.text, arguments.text_column,
+             arguments.device, str(arguments.batch_size), str(arguments.steps))  # fmt: skip
+    memory = {"our_steps": [], "reference_steps": []}
+
+    def steps_in_a_process(function: str) -> float:
+        """Each in processes of its own: what one does to the allocator is not the other's gain."""
+        *_, took, peak = in_a_process(function, *shape)
+        memory[function].append(peak)
+        return took
+
+    step = in_turn(
+        lambda: steps_in_a_process("our_steps"), lambda: steps_in_a_process("reference_steps"),
+        repeats,
+    )  # fmt: skip
+    precision = choose_precision(config.device, config.precision)
+    model = load_model(config.model, "scratch")
+    masked = round(config.mlm_probability * config.batch_size * config.block_size)
+    tokens = config.batch_size * config.block_size
+    flops = step_flops(model, tokens, config.block_size, masked)
+    rate = matrix_rate(precision.device, precision.dtype)
+    yield "training step", step | {
+        "tokens_per_second": tokens / step["ours"],
+        "roofline_share": flops / step["ours"] / rate, "matrix_flops_per_second": rate,
+    }  # fmt: skip
+
+    if precision.device.type == "cpu":
+        pairs = list(zip(memory["our_steps"], memory["reference_steps"], strict=True))
+        ratios = [theirs / mine for mine, theirs in pairs]
+        yield "peak memory", {
+            "ours": statistics.median(memory["our_steps"]),
+            "reference": statistics.median(memory["reference_steps"]),
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        }  # fmt: skip
+
+    with tempfile.TemporaryDirectory() as directory:
+        load_model(config.model, "scratch").save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        text = f"The Milky Way is a {tokenizer.mask_token} galaxy."
+        yield "start to answer", in_turn(
+            lambda: run("infer.py", "--json", "--model", directory, text),
+            lambda: run("-c", PIPELINE, directory, text),
+            repeats,
+        )
+
+
+def tokenize_with_map(rows: datasets.Dataset, tokenizer) -> None:
+    """The tutorial's way: datasets.map in batches, with as many processes as there are cores."""
+    rows.map(
+        lambda part: tokenizer(part["text"]), batched=True, num_proc=os.cpu_count(),
+        remove_columns=rows.column_names, load_from_cache_file=False,
+    )  # fmt: skip
+
+
+def group(ids: list[list[list[int]]]) -> None:
+    """Our grouping: the ids of all documents into one file."""
+    with tempfile.TemporaryDirectory() as directory:
+        documents = ((document, []) for batch in ids for document in batch)
+        data.write_rows(Path(directory) / "rows", documents, largest_id=50_264)
+
+
+def growth(texts: list[str], model: str) -> Iterator[dict]:
+    """Prepare 1, 4 and 16 times the text, twice each: the second time it is in the cache."""
+    for factor in (1, 4, 16):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "text.jsonl"
+            with path.open("w") as file:
+                for copy in range(factor):  # numbered, so that no two copies are the same
+                    file.writelines(json.dumps({"text": f"{copy} {t}"}) + "\n" for t in texts)
+            environment = {"MLM_SCRATCH_CACHE": directory, "HF_DATASETS_CACHE": directory}
+            own, took, peak = in_a_process("prepare_text", model, str(path), **environment)
+            _, again, _ = in_a_process("prepare_text", model, str(path), **environment)
+            yield {"factor": factor, "seconds": took, "peak_memory": peak,
+                   "own_memory": own, "again": again}  # fmt: skip
+
+
+def prepare_text(model: str, path: str) -> float:
+    """Seconds from a file to rows of ids. Prints the most memory that was its own meanwhile:
+    pages of mapped files are not counted, which the system takes back when it needs room."""
+    config = tutorial_shape(model, path, "text")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    samples, done = [], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            samples.append(memory_of_process("RssAnon"))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        return seconds(
+            lambda: data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
+        )
+    finally:
+        done.set()
+        thread.join()
+        print(max(samples, default=memory_of_process("RssAnon")))
+
+
+def memory_of_process(field: str, process: str = "self") -> int:
+    """Bytes in a field of /proc/<process>/status: VmHWM (the peak; not ru_maxrss, which a child
+    process inherits) or RssAnon (now, without mapped files)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
+
+
+def tutorial_shape(model: str, text: str, column: str, **settings) -> TrainConfig:
+    """The tutorial's settings on a text of one's own, with random weights."""
+    return resolve("tutorial", {
+        "model": model, "init": "scratch", "train_file": (text,), "text_column": column,
+        "eval_fraction": 0.0, "device": "cpu", "max_steps": 100_000, "log_every": 10_000,
+        **settings,
+    })  # fmt: skip
+
+
+def examples_of(rows: data.TokenRows, count: int) -> list[dict]:
+    """Rows as the reference takes them: lists in dictionaries."""
+    starts = rows.starts[: count + 1].tolist()
+    return [{"input_ids": rows.tokens[a:b].tolist()} for a, b in itertools.pairwise(starts)]
+
+
+def run(*arguments: str) -> float:
+    """Seconds that a Python process takes from start to end."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True,
+                   env=environment)  # fmt: skip
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Run all comparisons, print a table, write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.tools.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="ID_OR_DIR",
+                        help="shape and tokenizer to measure with; its weights are not used")
+    parser.add_argument("--text", required=True, metavar="FILE", help="real text to measure with")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4, help="training steps per measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements")
+    parser.add_argument("--growth", action="store_true",
+                        help="also prepare 1, 4 and 16 times the text")
+    parser.add_argument("--output", default="bench.json", help="where the JSON goes")
+    arguments = parser.parse_args()
+    for name in ("model", "text"):  # other processes are started in another directory
+        if os.path.exists(path := getattr(arguments, name)):
+            setattr(arguments, name, os.path.abspath(path))
+
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    if arguments.device == "cuda":
+        machine += f", {torch.cuda.get_device_name()}"
+    print(machine)
+    print(f"{'':24} {'ours':>12} {'reference':>12} {'ratio':>8}   lowest to highest")
+    results = {}
+    for name, result in compare(arguments):
+        results[name] = result
+        print(f"{name:24} {result['ours']:12.6g} {result['reference']:12.6g} "
+              f"{result['ratio']:7.2f}x   {result['lowest']:.2f} to {result['highest']:.2f}",
+              flush=True)  # fmt: skip
+        if "roofline_share" in result:
+            share, rate = result["roofline_share"], result["matrix_flops_per_second"]
+            print(f"{'':24} {share:.0%} of the {rate:.3g} FLOP/s of a matrix product by itself, "
+                  f"{result['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    print(f"train.py --help: {run('train.py', '--help'):.2f} s")
+    results["growth"] = []
+    if arguments.growth:
+        config = tutorial_shape(arguments.model, arguments.text, arguments.text_column)
+        for line in growth(list(data.load_documents(config)[0]), arguments.model):
+            results["growth"].append(line)
+            print(f"{line['factor']:2} x the text: prepared in {line['seconds']:.1f} s, peak "
+                  f"memory {line['own_memory'] / 2**20:,.0f} MiB, with mapped files "
+                  f"{line['peak_memory'] / 2**20:,.0f}; from the cache in "
+                  f"{line['again']:.1f} s", flush=True)  # fmt: skip
+    content = {"machine": machine, "results": results}
+    Path(arguments.output).write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
