@@ -1,9 +1,9 @@
 """Fill the masks of a text, first as the pipeline does it, then step by step.
 
-    python infer.py "The Milky Way is a <mask> galaxy."
-    python infer.py --top-k 3 --json < texts.txt
-    python infer.py --joint "The capital of <mask> is <mask>."
-    python infer.py --score "The Milky Way is a spiral galaxy."
+python infer.py "The Milky Way is a <mask> galaxy."
+python infer.py --top-k 3 --json < texts.txt
+python infer.py --joint "The capital of <mask> is <mask>."
+python infer.py --score "The Milky Way is a spiral galaxy."
 """
 
 import argparse
@@ -60,18 +60,24 @@ def read_texts() -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = OneLineParser(
-        prog="infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="infer.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "texts", nargs="*", metavar="TEXT",
+        "texts",
+        nargs="*",
+        metavar="TEXT",
         help="text with one or more masks, written <mask> or [MASK]; none: one per line on "
         "standard input",
     )
     parser.add_argument("--model", metavar="ID_OR_DIR", help="default: the newest run's model")
     parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fills per mask (5)")
     parser.add_argument(
-        "--targets", nargs="+", metavar="TOKEN",
+        "--targets",
+        nargs="+",
+        metavar="TOKEN",
         help="consider only these tokens of the vocabulary; after a space a word is looked up with "
         "that space, except with --json, which does as the pipeline",
     )
@@ -81,15 +87,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.set_defaults(what="fills")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--joint", dest="what", action="store_const", const="joint",
+        "--joint",
+        dest="what",
+        action="store_const",
+        const="joint",
         help="fill several masks together, by beam search: words that go with each other",
     )
     what.add_argument(
-        "--score", dest="what", action="store_const", const="score",
+        "--score",
+        dest="what",
+        action="store_const",
+        const="score",
         help="how probable each token of a text without masks is, given all the others",
     )
     what.add_argument(
-        "--json", dest="what", action="store_const", const="json",
+        "--json",
+        dest="what",
+        action="store_const",
+        const="json",
         help='print what pipeline("fill-mask") returns, nothing else',
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")

@@ -1,9 +1,9 @@
 """Train a masked-language model.
 
-    python train.py --epochs 2
-    python train.py --model distilbert/distilroberta-base --train-file my.txt --lr 5e-5
-    python train.py --resume
-    torchrun --nproc-per-node 2 train.py --epochs 2
+python train.py --epochs 2
+python train.py --model distilbert/distilroberta-base --train-file my.txt --lr 5e-5
+python train.py --resume
+torchrun --nproc-per-node 2 train.py --epochs 2
 """
 
 import argparse
@@ -82,13 +82,17 @@ def show_what_was_learned(directory: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     """Turn every field of TrainConfig into a flag. Flags that are not given do not appear."""
     parser = OneLineParser(
-        prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="train.py",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         epilog="The defaults shown are those of the recipe tutorial; bundled has some of its own "
         "(mlm_scratch/config.py).",
     )
     parser.add_argument(
-        "--recipe", choices=("auto", *RECIPES),
+        "--recipe",
+        choices=("auto", *RECIPES),
         help="settings to start from; auto (default): tutorial where the Hub answers or all is "
         "cached, else bundled, which needs no download",
     )
@@ -98,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
             flag = "--" + option.name.replace("_", "-")
             parser.add_argument(flag, **_argument(option, types[option.name]))
     parser.add_argument(
-        "--resume", action="store_true",
+        "--resume",
+        action="store_true",
         help="go on with the run in --output-dir, or else the newest one, from its last checkpoint",
     )
     return parser.parse_args()

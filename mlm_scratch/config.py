@@ -46,7 +46,8 @@ class TrainConfig:
     dataset_config: str | None = _option(None, "configuration of the data set, if it has several")
     split: str = _option("train[:5000]", "split of the data set, slices as in train[:5000]")
     train_file: tuple[str, ...] = _option(
-        (), "train on these files instead: .txt (a document per line), .jsonl, .csv or .parquet, "
+        (),
+        "train on these files instead: .txt (a document per line), .jsonl, .csv or .parquet, "
         "each also as .gz",
     )
     eval_file: tuple[str, ...] = _option(
@@ -56,12 +57,15 @@ class TrainConfig:
         "answers.text", "column with the text; dotted for nested ones; a list is joined by spaces"
     )
     streaming: bool = _option(
-        False, "read, tokenize and pack the text while training, without a copy on disk; needs "
+        False,
+        "read, tokenize and pack the text while training, without a copy on disk; needs "
         "--max-steps",
     )
     eval_fraction: float = _option(
-        0.2, "share of the documents held out for evaluation; 0: no evaluation",
-        at_least=0, below=1,
+        0.2,
+        "share of the documents held out for evaluation; 0: no evaluation",
+        at_least=0,
+        below=1,
     )
     block_size: int = _option(128, "tokens per row: what the model sees at once", at_least=2)
     grouping: str = _option(
@@ -98,18 +102,23 @@ class TrainConfig:
         2e-5, "peak learning rate; 1e-5 to 5e-5 to fine-tune, 1e-4 to 2e-3 from scratch", above=0
     )
     warmup_steps: int = _option(
-        0, "steps in which the learning rate rises from 0, before it falls linearly to 0 again",
+        0,
+        "steps in which the learning rate rises from 0, before it falls linearly to 0 again",
         at_least=0,
     )
     weight_decay: float = _option(
-        0.0, "AdamW's decay of the weight matrices (never of biases and norms); often 0.01 to 0.1",
+        0.0,
+        "AdamW's decay of the weight matrices (never of biases and norms); often 0.01 to 0.1",
         at_least=0,
     )
-    max_grad_norm: float = _option(1.0, "longest gradient let through; longer is scaled down",
-                                   above=0)
+    max_grad_norm: float = _option(
+        1.0, "longest gradient let through; longer is scaled down", above=0
+    )
     seed: int = _option(
-        42, "fixes the split, the order, the masks, the dropout and new weights",
-        at_least=0, at_most=2**63 - 2**32,
+        42,
+        "fixes the split, the order, the masks, the dropout and new weights",
+        at_least=0,
+        at_most=2**63 - 2**32,
     )
     # ---- The machine
     device: str = _option("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...")

@@ -65,9 +65,13 @@ def evaluate(
             batch = batch.to(device)
             with precision.autocast():
                 logits, labels = masked_lm_logits(  # (N, V), (N,)
-                    model, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T) each
-                    positions=batch.positions, dense=config.dense_head,  # (N,)
-                )  # fmt: skip
+                    model,
+                    batch.input_ids,
+                    batch.attention_mask,
+                    batch.labels,  # (B, T) each
+                    positions=batch.positions,
+                    dense=config.dense_head,  # (N,)
+                )
             logits = logits.float()
             loss_sum += cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
             correct += (logits.argmax(dim=1) == labels).sum()
@@ -79,4 +83,3 @@ def evaluate(
         "perplexity": math.exp(min(loss, 700)),  # e^710 is over the largest float
         "eval_accuracy": correct.item() / n_masked if n_masked else math.nan,
     }
-

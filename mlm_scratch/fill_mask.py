@@ -81,21 +81,21 @@ def _fill_one(
     for index, mask_scores, mask_fills in zip(
         mask_index.tolist(), scores.tolist(), tokens.tolist(), strict=True
     ):
-        fills.append([
-            {
-                "score": score,
-                "token": token,
-                "token_str": tokenizer.decode([token]),
-                "sequence": fill_in(tokenizer, input_ids, index, token),
-            }
-            for score, token in zip(mask_scores, mask_fills, strict=True)
-        ])
+        fills.append(
+            [
+                {
+                    "score": score,
+                    "token": token,
+                    "token_str": tokenizer.decode([token]),
+                    "sequence": fill_in(tokenizer, input_ids, index, token),
+                }
+                for score, token in zip(mask_scores, mask_fills, strict=True)
+            ]
+        )
     return fills[0] if len(fills) == 1 else fills
 
 
-def fill_in(
-    tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, index: int, token: int
-) -> str:
+def fill_in(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, index: int, token: int) -> str:
     """The sentence of input_ids, (T,), with `token` at `index`."""
     filled = input_ids.clone()  # (T,)
     filled[index] = token

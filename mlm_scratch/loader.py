@@ -183,9 +183,7 @@ class Loader:
         )
 
 
-def own_batches(
-    batch: Batch, collator: Collator, batch_size: int, ranks: Ranks
-) -> Iterator[Batch]:
+def own_batches(batch: Batch, collator: Collator, batch_size: int, ranks: Ranks) -> Iterator[Batch]:
     """The micro-batches of this process, at least one, of all rows of a step."""
     own = own_rows(len(batch.labels), ranks)
     if not own:

@@ -58,9 +58,13 @@ def run_steps(t: Training, run_dir: Path, report: Report | NoReport, stop: StopR
             exchange = t.ranks.exchange_gradients(t.parallel_net, now=batch is step.batches[-1])
             with t.precision.autocast(), exchange:
                 loss_sum, _ = masked_lm_loss(
-                    t.parallel_net, batch.input_ids, batch.attention_mask, batch.labels,  # (B, T)
-                    positions=batch.positions, dense=config.dense_head,  # (N,)
-                )  # fmt: skip
+                    t.parallel_net,
+                    batch.input_ids,
+                    batch.attention_mask,
+                    batch.labels,  # (B, T)
+                    positions=batch.positions,
+                    dense=config.dense_head,  # (N,)
+                )
             # Divided by the masked tokens of the whole step, not of this batch: then the gradients
             # add up to those of one large batch, however it was split.
             loss = loss_sum / max(step.n_masked, 1)  # ()
@@ -100,9 +104,7 @@ def evaluate_and_save(
     An evaluation that a signal cuts short is done after the resume.
     """
     if t.eval_rows is not None and t.evaluation_is_due():
-        metrics = evaluate(
-            t.net, t.tokenizer, t.eval_rows, t.config, t.precision, t.ranks, stop
-        )
+        metrics = evaluate(t.net, t.tokenizer, t.eval_rows, t.config, t.precision, t.ranks, stop)
         if metrics is not None:
             report.evaluation(t.steps_done, metrics)
             t.evaluated_at = t.steps_done

@@ -120,7 +120,9 @@ def _first_of_word(word_ids: Tensor) -> Tensor:
 
 def _check_probabilities(mlm: float, mask: float, random: float) -> None:
     for name, value in (
-        ("mlm_probability", mlm), ("mask_replace_prob", mask), ("random_replace_prob", random)
+        ("mlm_probability", mlm),
+        ("mask_replace_prob", mask),
+        ("random_replace_prob", random),
     ):
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be between 0 and 1, got {value}")

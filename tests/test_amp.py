@@ -27,20 +27,26 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 def files(tmp_path_factory):
     directory = tmp_path_factory.mktemp("files")
     torch.manual_seed(1)
-    save_roberta(
-        directory / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    save_roberta(directory / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     (directory / "a.txt").write_text("\n".join(f"{i}: {t}" for i in range(8) for t in SENTENCES))
     return directory
 
 
 @pytest.fixture
 def config(files):
-    return resolve("tutorial", {
-        "model": str(files / "model"), "train_file": (str(files / "a.txt"),), "block_size": 16,
-        "lr": 1e-3, "log_every": 1, "eval_fraction": 0.0, "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
-    })  # fmt: skip
+    return resolve(
+        "tutorial",
+        {
+            "model": str(files / "model"),
+            "train_file": (str(files / "a.txt"),),
+            "block_size": 16,
+            "lr": 1e-3,
+            "log_every": 1,
+            "eval_fraction": 0.0,
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.5,
+        },
+    )
 
 
 def steps(t, count, run_dir="run"):

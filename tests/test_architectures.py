@@ -23,9 +23,12 @@ from tests.support.tiny import SENTENCES, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 BERT_LIKE = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
     "max_position_embeddings": 70,
-}  # fmt: skip
+}
 FAMILIES = {
     "Albert": BERT_LIKE | {"embedding_size": 16},
     "Bert": BERT_LIKE,
@@ -36,37 +39,63 @@ FAMILIES = {
     "Deberta": BERT_LIKE | {"relative_attention": True, "pos_att_type": "c2p|p2c"},
     "DebertaV2": BERT_LIKE | {"relative_attention": True, "pos_att_type": "c2p|p2c"},
     "DistilBert": {
-        "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 70
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 64,
+        "max_position_embeddings": 70,
     },
     "Electra": BERT_LIKE | {"embedding_size": 16},
     "Ernie": BERT_LIKE,
     "Esm": BERT_LIKE | {"mask_token_id": TOKENIZER.mask_token_id},
     "FNet": {
-        "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
         "max_position_embeddings": 70,
     },
     "IBert": BERT_LIKE,
     "MegatronBert": BERT_LIKE,
-    "MobileBert": BERT_LIKE | {
-        "embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16,
+    "MobileBert": BERT_LIKE
+    | {
+        "embedding_size": 16,
+        "intra_bottleneck_size": 16,
+        "true_hidden_size": 16,
     },
-    "ModernBert": BERT_LIKE | {"bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0,
-                               "sep_token_id": 2, "local_attention": 8},
+    "ModernBert": BERT_LIKE
+    | {
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "cls_token_id": 0,
+        "sep_token_id": 2,
+        "local_attention": 8,
+    },
     "MPNet": BERT_LIKE,
     "RemBert": BERT_LIKE | {"input_embedding_size": 16, "output_embedding_size": 24},
     "RoFormer": BERT_LIKE | {"embedding_size": 32},
     "Roberta": BERT_LIKE,
     "RobertaPreLayerNorm": BERT_LIKE,
-    "SqueezeBert": BERT_LIKE | {"embedding_size": 32, "q_groups": 2, "k_groups": 2,
-                                "v_groups": 2, "post_attention_groups": 1,
-                                "intermediate_groups": 2, "output_groups": 2},
+    "SqueezeBert": BERT_LIKE
+    | {
+        "embedding_size": 32,
+        "q_groups": 2,
+        "k_groups": 2,
+        "v_groups": 2,
+        "post_attention_groups": 1,
+        "intermediate_groups": 2,
+        "output_groups": 2,
+    },
     "XLMRoberta": BERT_LIKE,
     "XLMRobertaXL": BERT_LIKE,
-}  # fmt: skip
-UNTIED = {f"{name}, untied": FAMILIES[name] | {"tie_word_embeddings": False}
-          for name in ("Bert", "ModernBert", "Roberta")}
-TYPED = {f"{name}, two token types": FAMILIES[name] | {"type_vocab_size": 2}
-         for name in ("Roberta", "XLMRoberta")}
+}
+UNTIED = {
+    f"{name}, untied": FAMILIES[name] | {"tie_word_embeddings": False}
+    for name in ("Bert", "ModernBert", "Roberta")
+}
+TYPED = {
+    f"{name}, two token types": FAMILIES[name] | {"type_vocab_size": 2}
+    for name in ("Roberta", "XLMRoberta")
+}
 CASES = FAMILIES | UNTIED | TYPED
 
 
@@ -81,8 +110,13 @@ def model(request):
 
 def batch():
     """Two rows of 12 and 9 tokens, padded; 6 masked positions."""
-    encoding = TOKENIZER(["The Milky Way is a spiral", "Water boils"], padding="max_length",
-                         max_length=12, truncation=True, return_tensors="pt")  # fmt: skip
+    encoding = TOKENIZER(
+        ["The Milky Way is a spiral", "Water boils"],
+        padding="max_length",
+        max_length=12,
+        truncation=True,
+        return_tensors="pt",
+    )
     labels = torch.full_like(encoding["input_ids"], -100)
     for row, column in ((0, 1), (0, 2), (0, 10), (1, 0), (1, 3), (1, 5)):
         labels[row, column] = 20 * row + column
@@ -99,9 +133,9 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
         loss_sum.backward()
         assert n_masked == 6
         losses.append(loss_sum.item())
-        gradients.append({
-            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-        })
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
     input_ids, attention_mask, labels = batch()
     own = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.item()
     assert losses[0] / 6 == pytest.approx(own, rel=1e-6)
@@ -157,9 +191,9 @@ def test_evaluation_with_either_head_is_the_same(model):
     assert sparse["eval_accuracy"] == dense["eval_accuracy"]
 
 
-@pytest.mark.parametrize("text", [
-    "The Milky Way is a <mask> galaxy.", "<mask> is the capital of <mask>."
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["The Milky Way is a <mask> galaxy.", "<mask> is the capital of <mask>."]
+)
 def test_fills_are_the_pipelines(model, text):
     reference = FillMaskPipeline(model=model, tokenizer=TOKENIZER)
     assert fill_mask(model, TOKENIZER, text) == reference(text)

@@ -38,8 +38,16 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
     save_roberta(root / "good")
-    for name in ("no-weights", "cut-short", "no-tokenizer", "broken-json", "pickle", "remote-code",
-                 "no-mask", "no-words"):  # fmt: skip
+    for name in (
+        "no-weights",
+        "cut-short",
+        "no-tokenizer",
+        "broken-json",
+        "pickle",
+        "remote-code",
+        "no-mask",
+        "no-words",
+    ):
         shutil.copytree(root / "good", root / name)
     weights = "model.safetensors"
     (root / "no-weights" / weights).unlink()
@@ -66,8 +74,13 @@ def models(tmp_path_factory):
     save_roberta(root / "large-vocabulary", vocab_size=300)
     (root / "large-vocabulary" / "tokenizer.json").unlink()
     train_tokenizer([TEXT], vocab_size=400).save_pretrained(root / "large-vocabulary")
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "intermediate_size": 32, "vocab_size": len(tokenizer)}  # fmt: skip
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": len(tokenizer),
+    }
     BertModel(BertConfig(**small)).save_pretrained(root / "no-head")
     tokenizer.save_pretrained(root / "no-head")
     GPT2LMHeadModel(
@@ -250,10 +263,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    "model, file, module, arguments, message", CASES,
-    ids=[f"{c[2].__name__} {c[0]} {c[1]} {c[3]}"[:60].encode("ascii", "replace").decode()
-         for c in CASES],
-)  # fmt: skip
+    "model, file, module, arguments, message",
+    CASES,
+    ids=[
+        f"{c[2].__name__} {c[0]} {c[1]} {c[3]}"[:60].encode("ascii", "replace").decode()
+        for c in CASES
+    ],
+)
 def test_one_line_exit_code_2_and_nothing_half_made(
     models, call, model, file, module, arguments, message
 ):
@@ -275,9 +291,19 @@ def test_one_line_exit_code_2_and_nothing_half_made(
 def test_a_bad_file_that_is_streamed_is_one_line(models, call, file):
     write_files()
     code, _, err = call(
-        train, "--model", models / "good", "--train-file", file, "--streaming", "--max-steps", 99,
-        "--block-size", 16, "--device", "cpu",
-    )  # fmt: skip
+        train,
+        "--model",
+        models / "good",
+        "--train-file",
+        file,
+        "--streaming",
+        "--max-steps",
+        99,
+        "--block-size",
+        16,
+        "--device",
+        "cpu",
+    )
     errors = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and "Traceback" not in err, err
 

@@ -22,10 +22,12 @@ def run_dir(tmp_path_factory):
     """About two minutes on two cores."""
     directory = tmp_path_factory.mktemp("main_job")
     result = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--epochs", "2"], cwd=directory,
+        [sys.executable, ROOT / "train.py", "--epochs", "2"],
+        cwd=directory,
         env=os.environ | {"MLM_SCRATCH_CACHE": str(directory / "cache")},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("recipe bundled: ")
     *_, title, first, second, third = result.stdout.splitlines()

@@ -20,8 +20,16 @@ MILKY_WAY = "The Milky Way is a <mask> galaxy."
 
 
 def basic(files):
-    return ["--model", files / "model", "--train-file", files / "a.txt", "--block-size", 16,
-            "--device", "cpu"]  # fmt: skip
+    return [
+        "--model",
+        files / "model",
+        "--train-file",
+        files / "a.txt",
+        "--block-size",
+        16,
+        "--device",
+        "cpu",
+    ]
 
 
 def test_train_then_fill(files, call):
@@ -40,13 +48,23 @@ def test_train_then_fill(files, call):
     assert code == 2 and "name runs/latest/model, or one of its checkpoints" in err
 
 
-@pytest.mark.parametrize("arguments, texts, options", [
-    ([MILKY_WAY], MILKY_WAY, {}),
-    (["The [MASK] Way is a <mask> galaxy.", "--top-k", 2],
-     "The <mask> Way is a <mask> galaxy.", {"top_k": 2}),
-    ([MILKY_WAY, "Rome <mask>", "--targets", "is", " the"], [MILKY_WAY, "Rome <mask>"],
-     {"targets": ["is", " the"]}),
-], ids=["one", "two masks", "two texts"])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, texts, options",
+    [
+        ([MILKY_WAY], MILKY_WAY, {}),
+        (
+            ["The [MASK] Way is a <mask> galaxy.", "--top-k", 2],
+            "The <mask> Way is a <mask> galaxy.",
+            {"top_k": 2},
+        ),
+        (
+            [MILKY_WAY, "Rome <mask>", "--targets", "is", " the"],
+            [MILKY_WAY, "Rome <mask>"],
+            {"targets": ["is", " the"]},
+        ),
+    ],
+    ids=["one", "two masks", "two texts"],
+)
 def test_json_is_what_the_pipeline_returns(files, call, arguments, texts, options):
     code, out, _ = call(infer, "--model", files / "model", "--json", *arguments)
     assert code == 0
@@ -84,8 +102,9 @@ def test_resume_takes_the_settings_of_the_run(files, call):
 
 
 def test_infer_with_few_targets_and_with_a_reader_that_leaves(files, call):
-    code, out, _ = call(infer, "--model", files / "model", "--top-k", 500, MILKY_WAY,
-                        "--targets", "is", "the")  # fmt: skip
+    code, out, _ = call(
+        infer, "--model", files / "model", "--top-k", 500, MILKY_WAY, "--targets", "is", "the"
+    )
     assert code == 0 and out.count("' is'") == out.count("' the'") == 1
     command = [sys.executable, ROOT / "infer.py", "--model", files / "model", *[MILKY_WAY] * 300]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -132,8 +151,9 @@ def test_help_of_both_is_there_at_once():
 def test_an_output_without_the_letters_of_tokens_shows_others(files):
     """The vocabulary of byte-level BPE is full of letters such as Ġ."""
     command = [sys.executable, ROOT / "train.py", *map(str, basic(files)), "--max-steps", "1"]
-    result = subprocess.run(command, capture_output=True, text=True,
-                            env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
     assert result.returncode == 0 and "row 0 of the first step" in result.stdout, result.stderr
 
 

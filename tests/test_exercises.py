@@ -22,9 +22,12 @@ def test_masking_which_share_of_the_tokens_the_model_sees_changed():
     ids = torch.randint(10, 50_000, (200, 512))  # (B, T)
     special = torch.zeros_like(ids)  # (B, T)
     seen, labels = mask_tokens(
-        ids, special, mask_token_id=4, vocab_size=50_000,
+        ids,
+        special,
+        mask_token_id=4,
+        vocab_size=50_000,
         generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    )
     assert (seen != ids).float().mean().item() == pytest.approx(0.15 * 0.9, abs=0.003)
     assert (labels != -100).float().mean().item() == pytest.approx(0.15, abs=0.003)
 
@@ -77,8 +80,9 @@ def test_fill_mask_why_the_scores_of_all_targets_do_not_add_up_to_1():
     torch.manual_seed(0)
     model = roberta(TOKENIZER).eval()
     text, targets = "The Milky Way <mask> a galaxy.", [" is", " the"]
-    scores = {fill["token"]: fill["score"] for fill in
-              fill_mask(model, TOKENIZER, text, targets=targets)}  # fmt: skip
+    scores = {
+        fill["token"]: fill["score"] for fill in fill_mask(model, TOKENIZER, text, targets=targets)
+    }
     assert sum(scores.values()) < 0.1
     with torch.no_grad():
         inputs = TOKENIZER(text, return_tensors="pt")

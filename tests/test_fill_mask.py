@@ -10,10 +10,16 @@ from tests.support.tiny import byte_level_tokenizer, roberta, wordpiece_tokenize
 
 
 def bert(tokenizer):
-    return BertForMaskedLM(BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
-    ))  # fmt: skip
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    )
 
 
 BPE, WORDPIECE = byte_level_tokenizer(), wordpiece_tokenizer()
@@ -28,7 +34,8 @@ CASES = {
     "top 20": (["<mask> " + ONE, ONE], {"top_k": 20}),
     "a target": (ONE, {"targets": "is"}),
     "targets, one twice, one with a space, one in pieces": (
-        ONE, {"targets": ["the", " capital", "the", "misunderstandings", "is"]}
+        ONE,
+        {"targets": ["the", " capital", "the", "misunderstandings", "is"]},
     ),
     "more fills than targets": ("<mask> and <mask>", {"targets": ["the", "is"], "top_k": 1000}),
 }
@@ -52,16 +59,19 @@ def test_a_model_in_training_is_asked_without_dropout_and_goes_on_training():
     assert model.training
 
 
-@pytest.mark.parametrize("text, options, message", [
-    ("nothing to fill", {}, "no <mask> in the text 'nothing to fill'"),
-    ("", {}, "no <mask> in the text ''"),
-    ("a " * 100 + "<mask>", {}, "the model takes 64"),
-    (ONE, {"top_k": 0}, "top-k must be from 1 to 320"),
-    (ONE, {"top_k": 321}, "top-k must be from 1 to 320"),
-    ("\udcff <mask>", {}, "is not UTF-8"),
-    (ONE, {"targets": [""]}, "none of the targets"),
-    (ONE, {"targets": []}, "none of the targets"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("nothing to fill", {}, "no <mask> in the text 'nothing to fill'"),
+        ("", {}, "no <mask> in the text ''"),
+        ("a " * 100 + "<mask>", {}, "the model takes 64"),
+        (ONE, {"top_k": 0}, "top-k must be from 1 to 320"),
+        (ONE, {"top_k": 321}, "top-k must be from 1 to 320"),
+        ("\udcff <mask>", {}, "is not UTF-8"),
+        (ONE, {"targets": [""]}, "none of the targets"),
+        (ONE, {"targets": []}, "none of the targets"),
+    ],
+)
 def test_what_cannot_be_filled_is_said(text, options, message):
     with pytest.raises(UserError, match=message):
         fill_mask(*MODELS["RoBERTa"], text, **options)

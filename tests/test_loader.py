@@ -14,6 +14,8 @@ from mlm_scratch.masking import IGNORE
 from tests.support.tiny import byte_level_tokenizer
 
 CPU = torch.device("cpu")
+
+
 class ToyTokenizer:
     """The few facts that the collator asks of a tokenizer: 0 <pad>, 1 <s>, 2 </s>, 3 <mask>."""
 
@@ -113,9 +115,7 @@ def test_a_position_is_a_step_and_the_state_of_the_mask_generator():
     after.collator.generator.set_state(before.collator.generator.get_state())
     for one, other in zip(expected[5:], after.steps(5, 9), strict=True):
         for field in one.batches[0]._fields:
-            assert torch.equal(
-                getattr(one.batches[0], field), getattr(other.batches[0], field)
-            )
+            assert torch.equal(getattr(one.batches[0], field), getattr(other.batches[0], field))
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
@@ -151,7 +151,8 @@ def test_padded_batches_equal_the_collators(whole_word):
                     "offset_mapping": row + [(0, 0)] * (longest - len(row)),
                     "special_tokens_mask": tokenizer.get_special_tokens_mask(
                         ids, already_has_special_tokens=True
-                    ) + [1] * (longest - len(ids)),
+                    )
+                    + [1] * (longest - len(ids)),
                 }
                 for ids, row in zip(encoding["input_ids"], spans, strict=True)
             ]

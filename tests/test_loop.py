@@ -50,21 +50,29 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
 
     total = evaluations[-1]["step"]
     assert [path.name for path in checkpoints(run_dir)] == [
-        f"checkpoint-{total}", f"checkpoint-{total - total % 30}"
-    ]  # fmt: skip
+        f"checkpoint-{total}",
+        f"checkpoint-{total - total % 30}",
+    ]
     for directory in (run_dir / "model", *checkpoints(run_dir)):
         AutoTokenizer.from_pretrained(directory)
         _, info = AutoModelForMaskedLM.from_pretrained(directory, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
     saved = weights(run_dir / "model")
-    assert all(torch.equal(saved[name], model_weight) for name, model_weight in
-               weights(run_dir / f"checkpoint-{total}").items())
+    assert all(
+        torch.equal(saved[name], model_weight)
+        for name, model_weight in weights(run_dir / f"checkpoint-{total}").items()
+    )
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     curves = EventAccumulator(str(run_dir / "logs")).Reload()
     assert set(curves.Tags()["scalars"]) == {
-        "train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second",
-        "eval/loss", "eval/perplexity", "eval/accuracy",
-    }  # fmt: skip
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/tokens_per_second",
+        "eval/loss",
+        "eval/perplexity",
+        "eval/accuracy",
+    }
     assert [event.value for event in curves.Scalars("train/loss")] == pytest.approx(losses)
     notes = json.loads((run_dir / "run.json").read_text())
     assert notes["config"]["epochs"] == 10 and notes["versions"]["torch"] == torch.__version__
@@ -87,9 +95,12 @@ def test_accumulation_changes_nothing_but_memory(files, batch_size, accumulate):
     no_dropout = files / "no-dropout"
     save_roberta(no_dropout, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     settings = {
-        "model": str(no_dropout), "log_every": 1, "lr": 1e-20, "max_grad_norm": 1e9,
+        "model": str(no_dropout),
+        "log_every": 1,
+        "lr": 1e-20,
+        "max_grad_norm": 1e9,
         "grouping": "lines",
-    }  # fmt: skip
+    }
     whole = lines_and_gradients(small_config(files, **settings, batch_size=32))
     parts = lines_and_gradients(
         small_config(files, **settings, batch_size=batch_size, accumulate=accumulate)
@@ -105,9 +116,11 @@ def lines_and_gradients(settings):
     """The metrics of each step of a run, and the gradient it handed to the optimizer."""
     t = prepare(settings)
     gradients = []
-    t.optimizer.register_step_pre_hook(lambda *_: gradients.append(
-        torch.cat([p.grad.flatten() for p in t.model.parameters() if p.grad is not None])
-    ))
+    t.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(
+            torch.cat([p.grad.flatten() for p in t.model.parameters() if p.grad is not None])
+        )
+    )
     run_dir = make_run_dir(settings)
     with Report(run_dir, 0, t.total_steps, t.loader.steps_per_epoch) as report:
         run_steps(t, run_dir, report, StopRequest())
@@ -118,9 +131,17 @@ def lines_and_gradients(settings):
 def test_a_resumed_run_is_the_run_that_never_stopped(files, precision):
     """From the middle of the first epoch, with evaluation, accumulation, and the scaler."""
     settings = small_config(
-        files, precision=precision, accumulate=2, batch_size=4, save_every=4, keep=100,
-        eval_fraction=0.2, eval_every=5, log_every=3, output_dir="whole",
-    )  # fmt: skip
+        files,
+        precision=precision,
+        accumulate=2,
+        batch_size=4,
+        save_every=4,
+        keep=100,
+        eval_fraction=0.2,
+        eval_every=5,
+        log_every=3,
+        output_dir="whole",
+    )
     whole = train(settings)
     shutil.copytree(whole, "stopped")
     for directory in [Path("stopped/model"), *checkpoints(Path("stopped"))[:-1]]:
@@ -183,11 +204,19 @@ def test_an_encoder_decoder_is_refused(files):
     directory = files / "bart"
     tokenizer = byte_level_tokenizer()
     tokenizer.save_pretrained(directory)
-    BartForConditionalGeneration(BartConfig(
-        vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, max_position_embeddings=64,
-    )).save_pretrained(directory)  # fmt: skip
+    BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(directory)
     with pytest.raises(UserError, match="has a decoder"):
         train(small_config(files, model=str(directory)))
     assert not Path("runs").exists()
@@ -199,10 +228,19 @@ def test_runs_that_start_at_once_get_directories_of_their_own(files):
     assert len(set(made)) == 20
 
 
-@pytest.mark.parametrize("settings", [
-    {"whole_word": True}, {"grouping": "lines"}, {"init": "scratch"},
-    {"dense_head": True}, {"max_steps": 5}, {"epochs": 0.5}, {"mlm_probability": 0.001},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"whole_word": True},
+        {"grouping": "lines"},
+        {"init": "scratch"},
+        {"dense_head": True},
+        {"max_steps": 5},
+        {"epochs": 0.5},
+        {"mlm_probability": 0.001},
+    ],
+    ids=str,
+)
 def test_every_way_of_training_runs_and_stays_finite(files, settings):
     run_dir = train(small_config(files, log_every=1, **settings))
     losses = [line["loss"] for line in metrics(run_dir)]
@@ -233,12 +271,21 @@ def test_a_step_without_masked_tokens_changes_nothing(files):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", [
-    "fp32", "bf16",
-    pytest.param("fp16", marks=pytest.mark.xfail(
-        strict=True, raises=RuntimeError, reason="the schedule asks whether the step was taken"
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32",
+        "bf16",
+        pytest.param(
+            "fp16",
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=RuntimeError,
+                reason="the schedule asks whether the step was taken",
+            ),
+        ),
+    ],
+)
 def test_a_step_never_waits_for_the_gpu(files, precision):
     """From the end of step 2 to that of step 9, in between two looks at the loss, every wait of
     the CPU for the GPU is an error."""

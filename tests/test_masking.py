@@ -12,17 +12,27 @@ from tests.support.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokeni
 
 TOKENIZERS = [byte_level_tokenizer(), wordpiece_tokenizer()]
 PROBABILITIES = [
-    (0.15, 0.8, 0.1), (0.5, 0.5, 0.4), (1.0, 0.7, 0.3), (0.3, 1.0, 0.0), (0.3, 0.0, 1.0),
-    (0.3, 0.9, 0.0), (0.0, 0.8, 0.1), (0.3, 0.0, 0.0), (1, 1, 0), (1, 0, 1),
-]  # fmt: skip
+    (0.15, 0.8, 0.1),
+    (0.5, 0.5, 0.4),
+    (1.0, 0.7, 0.3),
+    (0.3, 1.0, 0.0),
+    (0.3, 0.0, 1.0),
+    (0.3, 0.9, 0.0),
+    (0.0, 0.8, 0.1),
+    (0.3, 0.0, 0.0),
+    (1, 1, 0),
+    (1, 0, 1),
+]
 SHAPES = [(1, 1), (2, 7), (8, 128), (33, 20)]
 
 
 def special_mask(tokenizer, input_ids):
-    return torch.tensor([
-        tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
-        for row in input_ids.tolist()
-    ])
+    return torch.tensor(
+        [
+            tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+            for row in input_ids.tolist()
+        ]
+    )
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte-level BPE", "WordPiece"])
@@ -38,11 +48,15 @@ def test_equal_to_the_collator_bit_for_bit(tokenizer, mlm, mask, random):
         input_ids = torch.randint(len(tokenizer), shape, generator=data)
         expected = reference([{"input_ids": row} for row in input_ids.clone()])
         seen, labels = mask_tokens(
-            input_ids, special_mask(tokenizer, input_ids),
-            mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer),
-            mlm_probability=mlm, mask_replace_prob=mask, random_replace_prob=random,
+            input_ids,
+            special_mask(tokenizer, input_ids),
+            mask_token_id=tokenizer.mask_token_id,
+            vocab_size=len(tokenizer),
+            mlm_probability=mlm,
+            mask_replace_prob=mask,
+            random_replace_prob=random,
             generator=generator,
-        )  # fmt: skip
+        )
         assert torch.equal(seen, expected["input_ids"])
         assert torch.equal(labels, expected["labels"])
 
@@ -58,25 +72,35 @@ def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
         encoding = tokenizer(
-            SENTENCES, padding=True, return_offsets_mapping=True, return_tensors="pt",
+            SENTENCES,
+            padding=True,
+            return_offsets_mapping=True,
+            return_tensors="pt",
             return_special_tokens_mask=True,
-        )  # fmt: skip
-        features = {key: encoding[key] for key in (
-            "input_ids", "special_tokens_mask", "offset_mapping"
-        )}
-        expected = reference([
-            {key: value[row].clone() for key, value in features.items()}
-            for row in range(len(SENTENCES))
-        ])
+        )
+        features = {
+            key: encoding[key] for key in ("input_ids", "special_tokens_mask", "offset_mapping")
+        }
+        expected = reference(
+            [
+                {key: value[row].clone() for key, value in features.items()}
+                for row in range(len(SENTENCES))
+            ]
+        )
         special = encoding["special_tokens_mask"].bool()
         starts, ends = encoding["offset_mapping"].unbind(-1)
         gap_before = starts != ends.roll(1, dims=1)
         seen, labels = mask_tokens(
-            encoding["input_ids"], special, word_ids=word_ids_from_gaps(gap_before, special),
-            mask_token_id=tokenizer.mask_token_id, vocab_size=len(tokenizer),
-            mlm_probability=mlm, mask_replace_prob=1.0, random_replace_prob=0.0,
+            encoding["input_ids"],
+            special,
+            word_ids=word_ids_from_gaps(gap_before, special),
+            mask_token_id=tokenizer.mask_token_id,
+            vocab_size=len(tokenizer),
+            mlm_probability=mlm,
+            mask_replace_prob=1.0,
+            random_replace_prob=0.0,
             generator=generator,
-        )  # fmt: skip
+        )
         assert torch.equal(seen, expected["input_ids"])
         assert torch.equal(labels, expected["labels"])
 
@@ -87,9 +111,14 @@ def test_whole_words_meet_one_fate():
     word_ids = (torch.arange(T) // 3).expand(B, T)  # words of three tokens
     input_ids = torch.zeros(B, T, dtype=torch.long)
     seen, labels = mask_tokens(
-        input_ids, torch.zeros(B, T), word_ids=word_ids, mask_token_id=mask_id,
-        vocab_size=vocab_size, mlm_probability=0.3, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        input_ids,
+        torch.zeros(B, T),
+        word_ids=word_ids,
+        mask_token_id=mask_id,
+        vocab_size=vocab_size,
+        mlm_probability=0.3,
+        generator=torch.Generator().manual_seed(0),
+    )
     chosen, seen = (labels != IGNORE).view(B, -1, 3), seen.view(B, -1, 3)
     assert torch.equal(chosen.any(-1), chosen.all(-1))
     masked, kept = (seen == mask_id), (seen == 0) & chosen
@@ -111,9 +140,13 @@ def test_word_ids_end_words_at_gaps_and_special_tokens():
 def test_positions_outside_words_are_never_chosen():
     word_ids = torch.tensor([[-1, 4, 4, -1, 7]])
     _, labels = mask_tokens(
-        torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 0, 1]]), word_ids=word_ids,
-        mask_token_id=0, vocab_size=10, mlm_probability=1.0,
-    )  # fmt: skip
+        torch.tensor([[5, 6, 7, 8, 9]]),
+        torch.tensor([[0, 0, 0, 0, 1]]),
+        word_ids=word_ids,
+        mask_token_id=0,
+        vocab_size=10,
+        mlm_probability=1.0,
+    )
     assert labels.tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE]]
 
 
@@ -121,11 +154,18 @@ def test_the_draws_do_not_depend_on_how_the_tensors_lie_in_memory():
     input_ids = torch.randint(5, 50, (6, 9))
     special = input_ids % 7 == 0
     results = [
-        mask_tokens(*tensors, mask_token_id=4, vocab_size=50, mlm_probability=0.5,
-                    generator=torch.Generator().manual_seed(0))
-        for tensors in ((input_ids, special), (input_ids.t().contiguous().t(),
-                                               special.t().contiguous().t()))
-    ]  # fmt: skip
+        mask_tokens(
+            *tensors,
+            mask_token_id=4,
+            vocab_size=50,
+            mlm_probability=0.5,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for tensors in (
+            (input_ids, special),
+            (input_ids.t().contiguous().t(), special.t().contiguous().t()),
+        )
+    ]
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -137,9 +177,12 @@ def test_statistics_and_what_is_never_touched():
     special = input_ids % 10 == 0  # every tenth token
     before = input_ids.clone()
     seen, labels = mask_tokens(
-        input_ids, special, mask_token_id=mask_id, vocab_size=vocab_size,
+        input_ids,
+        special,
+        mask_token_id=mask_id,
+        vocab_size=vocab_size,
         generator=torch.Generator().manual_seed(42),
-    )  # fmt: skip
+    )
     chosen = labels != IGNORE
     assert torch.equal(input_ids, before)
     assert not chosen[special].any() and torch.equal(seen[special], before[special])
@@ -154,10 +197,15 @@ def test_statistics_and_what_is_never_touched():
     assert (n - masked - kept) / n == pytest.approx(0.1, abs=0.005)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"mlm_probability": 1.1}, {"mask_replace_prob": -0.1}, {"random_replace_prob": 2},
-    {"mask_replace_prob": 0.8, "random_replace_prob": 0.3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mlm_probability": 1.1},
+        {"mask_replace_prob": -0.1},
+        {"random_replace_prob": 2},
+        {"mask_replace_prob": 0.8, "random_replace_prob": 0.3},
+    ],
+)
 def test_impossible_probabilities_are_refused(wrong):
     row = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"between 0 and 1|more than 1"):

@@ -26,9 +26,14 @@ from tests.support.tiny import (
 )
 
 BERT = BertConfig(
-    vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-    intermediate_size=64, max_position_embeddings=40, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=40,
+    pad_token_id=0,
+)
 
 
 def batch():
@@ -95,8 +100,9 @@ def test_trained_tokenizer_takes_the_gap_before_a_mask_into_it():
     tokenizer = train_tokenizer(SENTENCES, vocab_size=320)
     ids = tokenizer("a <mask> galaxy")["input_ids"]
     assert ids == tokenizer("a<mask> galaxy")["input_ids"]
-    assert tokenizer.decode(tokenizer(SENTENCES[0])["input_ids"], skip_special_tokens=True) == (
-        SENTENCES[0]
+    assert (
+        tokenizer.decode(tokenizer(SENTENCES[0])["input_ids"], skip_special_tokens=True)
+        == (SENTENCES[0])
     )
 
 
@@ -107,10 +113,16 @@ def test_longest_input():
     assert longest_input(wordpiece_tokenizer(), bert) == 40
     small = AutoModelForMaskedLM.from_config(small_modernbert(tokenizer))
     assert longest_input(tokenizer, small) == 512
-    ibert = AutoModelForMaskedLM.from_config(IBertConfig(
-        vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-        intermediate_size=8, max_position_embeddings=42,
-    ))  # fmt: skip
+    ibert = AutoModelForMaskedLM.from_config(
+        IBertConfig(
+            vocab_size=320,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            max_position_embeddings=42,
+        )
+    )
     assert longest_input(tokenizer, ibert) == 40  # its tables of embeddings are of its own class
 
 
@@ -143,10 +155,15 @@ def no_config(directory):
     (directory / "readme.txt").write_text("nothing here")
 
 
-@pytest.mark.parametrize("write, message", [
-    (no_head, "no weights for cls"), (no_weights, "cannot load a model"),
-    (not_a_masked_lm, "cannot load a model"), (no_config, "cannot load a model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (no_head, "no weights for cls"),
+        (no_weights, "cannot load a model"),
+        (not_a_masked_lm, "cannot load a model"),
+        (no_config, "cannot load a model"),
+    ],
+)
 def test_what_is_wrong_with_a_model_is_said(tmp_path, write, message):
     write(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -161,10 +178,18 @@ def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
     small = roberta(tokenizer, vocab_size=300)
     with pytest.raises(UserError, match="has 320 tokens, its model only 300 embeddings"):
         check_fit(tokenizer, small, "x")
-    perceiver = PerceiverForMaskedLM(PerceiverConfig(
-        vocab_size=320, d_model=8, num_latents=4, d_latents=8, num_self_attends_per_block=1,
-        num_self_attention_heads=1, num_cross_attention_heads=1, max_position_embeddings=16,
-    ))  # fmt: skip
+    perceiver = PerceiverForMaskedLM(
+        PerceiverConfig(
+            vocab_size=320,
+            d_model=8,
+            num_latents=4,
+            d_latents=8,
+            num_self_attends_per_block=1,
+            num_self_attention_heads=1,
+            num_cross_attention_heads=1,
+            max_position_embeddings=16,
+        )
+    )
     with pytest.raises(UserError, match="has no table of token embeddings"):
         check_fit(tokenizer, perceiver, "x")
     tokenizer.mask_token = None

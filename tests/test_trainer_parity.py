@@ -39,10 +39,18 @@ def text(tmp_path_factory):
 
 
 def ours(model_dir, text, **settings):
-    config = resolve("tutorial", {
-        "model": str(model_dir), "train_file": (str(text),), "eval_fraction": 0.0,
-        "block_size": 16, "log_every": 3, "lr": 1e-3, **settings,
-    })  # fmt: skip
+    config = resolve(
+        "tutorial",
+        {
+            "model": str(model_dir),
+            "train_file": (str(text),),
+            "eval_fraction": 0.0,
+            "block_size": 16,
+            "log_every": 3,
+            "lr": 1e-3,
+            **settings,
+        },
+    )
     run_dir = train(config)
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return config, list(lines), load_file(run_dir / "model" / "model.safetensors")
@@ -55,20 +63,27 @@ def reference_trainer(config, output_dir, rows):
     return Trainer(
         model=AutoModelForMaskedLM.from_pretrained(config.model, dtype=torch.float32),
         args=TrainingArguments(
-            output_dir=str(output_dir), seed=config.seed, num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size, learning_rate=config.lr,
+            output_dir=str(output_dir),
+            seed=config.seed,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.lr,
             per_device_eval_batch_size=config.eval_batch_size,
             gradient_accumulation_steps=config.accumulate,
-            warmup_steps=config.warmup_steps, weight_decay=config.weight_decay,
-            logging_steps=config.log_every, save_strategy="no", report_to="none",
-            disable_tqdm=True, use_cpu=True,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            logging_steps=config.log_every,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
         ),
         train_dataset=examples,
         eval_dataset=examples,
         data_collator=DataCollatorForLanguageModeling(
             tokenizer, seed=config.seed, mlm_probability=config.mlm_probability
         ),
-    )  # fmt: skip
+    )
 
 
 def prepared_rows(config):
@@ -85,9 +100,15 @@ def trainers(config, output_dir):
     return logs, load_file(output_dir / "model.safetensors")
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"warmup_steps": 5, "weight_decay": 0.1}, {"seed": 7, "batch_size": 5},
-], ids=["plain", "warm-up and decay", "other seed and batch"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"warmup_steps": 5, "weight_decay": 0.1},
+        {"seed": 7, "batch_size": 5},
+    ],
+    ids=["plain", "warm-up and decay", "other seed and batch"],
+)
 def test_equal_to_trainer_bit_for_bit(tmp_path, model_dir, text, settings):
     """Every logged number and all final weights, over 2 epochs with a short last batch, on the
     CPU, with dropout."""
@@ -119,10 +140,18 @@ def test_evaluation_is_trainers_where_every_batch_has_equally_many_masked_tokens
     """Rows of one length, all their words masked: then a mean over batches is one over tokens."""
     path = tmp_path / "a.txt"
     path.write_text("\n".join(f"{i}: {SENTENCES[0]}" for i in range(10, 34)))
-    config = resolve("tutorial", {
-        "model": str(model_dir), "train_file": (str(path),), "grouping": "lines",
-        "mlm_probability": 1.0, "block_size": 64, "device": "cpu", "eval_fraction": 0.0,
-    })  # fmt: skip
+    config = resolve(
+        "tutorial",
+        {
+            "model": str(model_dir),
+            "train_file": (str(path),),
+            "grouping": "lines",
+            "mlm_probability": 1.0,
+            "block_size": 64,
+            "device": "cpu",
+            "eval_fraction": 0.0,
+        },
+    )
     rows = prepared_rows(config)
     assert len({b - a for a, b in pairwise(rows.starts)}) == 1 and len(rows) == 24
     trainer = reference_trainer(config, tmp_path, rows)
@@ -135,16 +164,27 @@ def test_evaluation_is_trainers_where_every_batch_has_equally_many_masked_tokens
         assert result["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="RoBERTa's loss ignores num_items_in_batch, and Trainer "
-                   "then leaves the division by the accumulation steps out")  # fmt: skip
+@pytest.mark.xfail(
+    strict=True,
+    reason="RoBERTa's loss ignores num_items_in_batch, and Trainer "
+    "then leaves the division by the accumulation steps out",
+)
 def test_the_reference_is_right_about_accumulation(tmp_path, model_dir, text):
     """tests/test_loop.py shows that the loop here is; when this passes, README has to change."""
     losses = []
     for batch_size, accumulate in ((32, 1), (8, 4)):
-        config = resolve("tutorial", {
-            "model": str(model_dir), "train_file": (str(text),), "eval_fraction": 0.0,
-            "block_size": 16, "log_every": 1, "batch_size": batch_size, "accumulate": accumulate,
-        })  # fmt: skip
+        config = resolve(
+            "tutorial",
+            {
+                "model": str(model_dir),
+                "train_file": (str(text),),
+                "eval_fraction": 0.0,
+                "block_size": 16,
+                "log_every": 1,
+                "batch_size": batch_size,
+                "accumulate": accumulate,
+            },
+        )
         logs, _ = trainers(config, tmp_path)
         losses.append(logs[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.5)  # it is 4 times as large

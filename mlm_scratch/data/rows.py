@@ -41,8 +41,13 @@ from mlm_scratch.util.progress import progress_bar
 
 ROWS_VERSION = 2  # to be counted up when other rows are made of the same text
 TEXTS_PER_BATCH = 1000  # read and given to the tokenizer at once; it spreads them over the cores
-FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".json": "json", ".csv": "csv",
-              ".parquet": "parquet"}
+FILE_KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
 
 
 # ---- Documents: one string each ------------------------------------------------------------------
@@ -183,7 +188,10 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     else:
         source = f"data set {config.dataset}"
         rows = _load(
-            source, config.dataset, config.dataset_config, split=config.split,
+            source,
+            config.dataset,
+            config.dataset_config,
+            split=config.split,
             streaming=config.streaming,
         )
         documents = Documents(rows, config.text_column, source)
@@ -227,9 +235,10 @@ def _load_files(paths: tuple[str, ...], column: str, split: str, streaming: bool
     kind = kinds.pop()
     # A byte-order mark is no text, and the word NA in a table is a word.
     of_kind: dict[str, dict[str, Any]] = {
-        "text": {"encoding": "utf-8-sig"}, "jsonl": {"encoding": "utf-8-sig"},
+        "text": {"encoding": "utf-8-sig"},
+        "jsonl": {"encoding": "utf-8-sig"},
         "csv": {"keep_default_na": False},
-    }  # fmt: skip
+    }
     options = of_kind.get(kind, {})
     with tempfile.TemporaryDirectory() as unpacked:
         if kind == "parquet":
@@ -239,8 +248,12 @@ def _load_files(paths: tuple[str, ...], column: str, split: str, streaming: bool
         # The library reads a path as a pattern: x[1].txt would mean x1.txt.
         files = list(map(glob.escape, paths))
         rows = _load(
-            paths[0], "text" if kind == "jsonl" else kind, data_files=files, split=split,
-            streaming=streaming, **options,
+            paths[0],
+            "text" if kind == "jsonl" else kind,
+            data_files=files,
+            split=split,
+            streaming=streaming,
+            **options,
         )
     return Documents(rows, column, paths[0], json_lines=kind == "jsonl")
 
@@ -258,9 +271,7 @@ def _unpack(path: str, directory: Path) -> str:
     return str(unpacked)
 
 
-def _load(
-    source: str, *args: Any, **kwargs: Any
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset | datasets.IterableDataset:
     with _told_in_one_line(source):
         return datasets.load_dataset(*args, **kwargs)
 
@@ -272,10 +283,14 @@ def _told_in_one_line(source: str) -> Iterator[None]:
     try:
         yield
     except (
-        datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, EOFError,
+        datasets.exceptions.DatasetsError,
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        EOFError,
         RuntimeError,  # a data set that is a script
         TypeError,  # a column that has another type in another file
-    ) as error:  # fmt: skip
+    ) as error:
         if "SchemaInferenceError" in repr(error.__cause__):  # what a file without any row leads to
             raise UserError(f"cannot load {source}: there is no text in it") from error
         while error.__cause__ is not None:  # datasets wraps the parser's own error

@@ -100,9 +100,10 @@ class StreamLoader:
             tokens[own.start : own.stop] = received
             ids, gap_before = tokens.reshape(-1, 2).T  # (rows * T,), (rows * T,)
             rows = TokenRows(
-                ids, starts=np.arange(n_rows + 1) * length,
+                ids,
+                starts=np.arange(n_rows + 1) * length,
                 gap_before=gap_before > 0 if self.config.whole_word else None,
-            )  # fmt: skip
+            )
             batch = self.collator(rows, np.arange(n_rows))
             own_labels = batch.labels[own.start : own.stop]  # (own rows, T)
             n_masked = torch.tensor(int((own_labels != IGNORE).sum()))  # () on the CPU
@@ -124,12 +125,17 @@ class StreamLoader:
         cores = max(1, (os.cpu_count() or 1) // self.ranks.launch.local_size)
         workers = max(n for n in range(1, cores + 1) if len(own) % n == 0)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
-        self.received = iter(DataLoader(  # yields from worker 0, 1, 2, ..., 0, 1, 2, ...
-            _Lanes(self, own), batch_size=None, collate_fn=lambda item: item, num_workers=workers,
-            prefetch_factor=STEPS_AHEAD * len(own) // workers,
-            worker_init_fn=_live_as_long_as_the_parent,
-            generator=torch.Generator(),  # dropout is drawn from torch's own, and nothing else
-        ))  # fmt: skip
+        self.received = iter(
+            DataLoader(  # yields from worker 0, 1, 2, ..., 0, 1, 2, ...
+                _Lanes(self, own),
+                batch_size=None,
+                collate_fn=lambda item: item,
+                num_workers=workers,
+                prefetch_factor=STEPS_AHEAD * len(own) // workers,
+                worker_init_fn=_live_as_long_as_the_parent,
+                generator=torch.Generator(),  # dropout is drawn from torch's own, and nothing else
+            )
+        )
         while True:
             parts = []
             for lane in own:
@@ -153,8 +159,10 @@ class _Lanes(IterableDataset):
 
     def __init__(self, loader: StreamLoader, own: range):
         self.documents, self.tokenizer, self.config = (
-            loader.documents, loader.tokenizer, loader.config
-        )  # fmt: skip
+            loader.documents,
+            loader.tokenizer,
+            loader.config,
+        )
         self.positions, self.own = loader.positions, own
         self.rows_per_lane = loader.rows_per_step // len(loader.positions)
 
@@ -190,9 +198,11 @@ class _Lanes(IterableDataset):
                 for row in range(at["row"], whole_rows):
                     yield tokens[row * length : (row + 1) * length], {**at, "row": row + 1}
                 at = {
-                    "buffer": at["buffer"] + 1, "stream": documents.rows.state_dict(),
-                    "left": tokens[whole_rows * length :].tolist(), "row": 0,
-                }  # fmt: skip
+                    "buffer": at["buffer"] + 1,
+                    "stream": documents.rows.state_dict(),
+                    "left": tokens[whole_rows * length :].tolist(),
+                    "row": 0,
+                }
             if not has_text:
                 raise UserError(
                     f"{documents.source} has too little text for {len(self.positions)} lanes: "

@@ -82,9 +82,10 @@ def row_of(text: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -
     config = replace(config, grouping="lines")
     ((ids, gap_before),) = tokenize([text], tokenizer, config)
     return TokenRows(
-        np.array(ids, np.int64), starts=np.array([0, len(ids)]),
+        np.array(ids, np.int64),
+        starts=np.array([0, len(ids)]),
         gap_before=np.array(gap_before, bool) if config.whole_word else None,
-    )  # fmt: skip
+    )
 
 
 def follow_tokens(
@@ -135,11 +136,14 @@ def explain(
     guesses = []
     for number, position in enumerate(batch.positions.tolist()):
         best = probabilities[number].topk(TOP)
-        guesses.append(Guess(
-            tokens[position], losses[number].item(),
-            probabilities[number, labels[number]].item(),
-            list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
-        ))  # fmt: skip
+        guesses.append(
+            Guess(
+                tokens[position],
+                losses[number].item(),
+                probabilities[number, labels[number]].item(),
+                list(zip(best.indices.tolist(), best.values.tolist(), strict=True)),
+            )
+        )
     return Explanation(tokens, guesses, loss_sum.item(), int(n_masked))
 
 
@@ -152,10 +156,15 @@ def cells(token: Token, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """One row of the table, a text for each of COLUMNS."""
     chosen = token.label != IGNORE
     return (
-        str(token.position), name_of(token.id, tokenizer), str(token.id),
-        "yes" if token.special else "", "yes" if chosen else "", token.fate,
-        name_of(token.seen, tokenizer), name_of(token.label, tokenizer) if chosen else "",
-    )  # fmt: skip
+        str(token.position),
+        name_of(token.id, tokenizer),
+        str(token.id),
+        "yes" if token.special else "",
+        "yes" if chosen else "",
+        token.fate,
+        name_of(token.seen, tokenizer),
+        name_of(token.label, tokenizer) if chosen else "",
+    )
 
 
 def name_of(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -272,13 +281,17 @@ def as_html(
 def main() -> None:
     """Load what is to be explained with, and print it."""
     parser = OneLineParser(
-        prog="-m mlm_scratch.explain", description=__doc__, allow_abbrev=False,
+        prog="-m mlm_scratch.explain",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", help="a sentence")
     parser.add_argument("--model", metavar="ID_OR_DIR", help="default: the newest run's model")
     parser.add_argument(
-        "--seed", type=int, metavar="N",
+        "--seed",
+        type=int,
+        metavar="N",
         help="other masks; default: the first from 42 on that chooses a token",
     )
     parser.add_argument("--mlm-probability", type=float, metavar="X", help="share to mask (0.15)")

@@ -82,7 +82,11 @@ def everything_is_cached() -> bool:
     cached = {
         name: isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)  # the path, if it is
         for name in (
-            "config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "vocab.json",
+            "merges.txt",
         )
     }
     # Without its vocabulary file a tokenizer loads all the same, and knows no words.

@@ -99,9 +99,7 @@ def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
     return f"cannot load a {what} from {name}: {reason[0] if reason else type(error).__name__}"
 
 
-def check_fit(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | Path
-) -> None:
+def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | Path) -> None:
     """Raise UserError unless the two can do masked-language modelling together."""
     if tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {name} has no mask token: choose another model")

@@ -21,13 +21,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     )
     tokenizer.train_from_iterator(texts, trainer)
     start, end = (("<s>", tokenizer.token_to_id("<s>")), ("</s>", tokenizer.token_to_id("</s>")))
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=True),  # a token's place in the text leaves the gap out
-        processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[start, end]),
-    ])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(
+                trim_offsets=True
+            ),  # a token's place in the text leaves the gap out
+            processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[start, end]),
+        ]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<s>", cls_token="<s>", pad_token="<pad>", eos_token="</s>", sep_token="</s>",
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
         unk_token="<unk>",
         mask_token=mask_token,
         model_max_length=512,

@@ -77,10 +77,13 @@ def fill_jointly(
         input_ids = input_ids[beam]  # (count, T)
         input_ids[torch.arange(count), at[beam, chosen[beam]]] = token
     return [
-        JointFill(math.exp(score), ids[mask_index].tolist(),
-                  str(tokenizer.decode(ids, skip_special_tokens=True)))
+        JointFill(
+            math.exp(score),
+            ids[mask_index].tolist(),
+            str(tokenizer.decode(ids, skip_special_tokens=True)),
+        )
         for ids, score in zip(input_ids[:top_k], scores[:top_k].tolist(), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> Tensor:

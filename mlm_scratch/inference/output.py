@@ -61,7 +61,11 @@ class Answers:
     def as_json(self, texts: list[str]) -> str:
         """What the pipeline returns for all texts."""
         fills = fill_mask(
-            self.model, self.tokenizer, texts, top_k=self.asked.top_k, targets=self.asked.targets,
+            self.model,
+            self.tokenizer,
+            texts,
+            top_k=self.asked.top_k,
+            targets=self.asked.targets,
             truncate=self.asked.truncate,
         )
         can_show_all = (sys.stdout.encoding or "").lower().startswith("utf")
@@ -75,7 +79,11 @@ class Answers:
             fills = [self._fills_with_targets(text) for text in texts]
         else:
             fills = fill_mask(
-                self.model, self.tokenizer, texts, top_k=asked.top_k, truncate=asked.truncate,
+                self.model,
+                self.tokenizer,
+                texts,
+                top_k=asked.top_k,
+                truncate=asked.truncate,
                 batch_size=len(texts),
             )
             fills = fills if len(texts) > 1 else [fills]
@@ -88,9 +96,7 @@ class Answers:
                 yield from (f"  {line_of(fill)}" for fill in mask_fills)
             if asked.texts and not asked.targets:
                 yield "\nstep by step"
-                steps = walk_through(
-                    self.model, self.tokenizer, text, asked.top_k, asked.truncate
-                )
+                steps = walk_through(self.model, self.tokenizer, text, asked.top_k, asked.truncate)
                 yield from (f"  {line}" for line in steps)
             yield ""
 
@@ -108,7 +114,11 @@ class Answers:
         ]  # the targets of each mask
         fills = {
             targets: fill_mask(
-                self.model, self.tokenizer, text, top_k=self.asked.top_k, targets=list(targets),
+                self.model,
+                self.tokenizer,
+                text,
+                top_k=self.asked.top_k,
+                targets=list(targets),
                 truncate=self.asked.truncate,
             )
             for targets in dict.fromkeys(spelled)
@@ -124,7 +134,11 @@ class Answers:
             for order in ORDERS if text.count(self.tokenizer.mask_token) > 1 else ORDERS[:1]:
                 yield f"  {order}"
                 fills = fill_jointly(
-                    self.model, self.tokenizer, text, order, top_k=self.asked.top_k,
+                    self.model,
+                    self.tokenizer,
+                    text,
+                    order,
+                    top_k=self.asked.top_k,
                     truncate=self.asked.truncate,
                 )
                 for fill in fills:

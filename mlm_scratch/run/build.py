@@ -111,8 +111,10 @@ class Training:
         if not self.ranks.is_first:
             return
         if not self.weights_are_finite():
-            print(f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
-                  file=sys.stderr)
+            print(
+                f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
+                file=sys.stderr,
+            )
             return
         save_checkpoint(run_dir, self.steps_done, self.model, self.tokenizer, state)
         self.remove_old_checkpoints(run_dir)
@@ -129,7 +131,8 @@ class Training:
         cuda_rng = self.ranks.gather(torch.cuda.get_rng_state(device)) if on_cuda else None
         return {
             "config": {
-                name: value for name, value in asdict(self.config).items()
+                name: value
+                for name, value in asdict(self.config).items()
                 if name not in MAY_CHANGE | SHARED_OUT
             },
             "rows_per_step": self.loader.rows_per_step,
@@ -203,9 +206,7 @@ class Training:
             )
 
 
-def prepare(
-    config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = ALONE
-) -> Training:
+def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = ALONE) -> Training:
     """Load text and model and build all that the loop needs; with a checkpoint, as it was there."""
     precision = choose_precision(config.device, config.precision)
     with ranks.one_after_another():
@@ -220,8 +221,10 @@ def prepare(
         torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, 8 times the speed
     net = MaskedLM(model).to(precision.device)
     if not config.dense_head and not sparse_head_works(net):
-        print(f"{type(model).__name__}: the head cannot run on masked positions alone; running it "
-              "on all of them")
+        print(
+            f"{type(model).__name__}: the head cannot run on masked positions alone; running it "
+            "on all of them"
+        )
         config = replace(config, dense_head=True)
     if ranks.size > 1:  # DistributedDataParallel would wait for their gradients
         for parameter in unused_parameters(net):
@@ -233,12 +236,24 @@ def prepare(
     parallel_net = ranks.wrap(net)
     total_steps = config.max_steps or math.ceil(config.epochs * loader.steps_per_epoch)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
         fused=True,
     )
     t = Training(
-        config, precision, tokenizer, model, net, parallel_net, ranks, loader, eval_rows,
-        total_steps, optimizer,
+        config,
+        precision,
+        tokenizer,
+        model,
+        net,
+        parallel_net,
+        ranks,
+        loader,
+        eval_rows,
+        total_steps,
+        optimizer,
         scheduler=LambdaLR(optimizer, partial(linear_schedule, config.warmup_steps, total_steps)),
         scaler=precision.grad_scaler(),
         loss_since_log=torch.zeros((), device=precision.device),

@@ -87,7 +87,8 @@ def _seal(directory: Path) -> None:
     """Note what the files are in a manifest, and bring all of it down to the disk."""
     manifest = {
         str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": checksum(path)}
-        for path in sorted(directory.rglob("*")) if path.is_file()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
     # A rename survives a power cut only after what it makes visible: contents first, names after.
@@ -114,7 +115,8 @@ def remove_old(run_dir: Path, step: int, keep: int, scheduled: Callable[[int], b
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
     found = [
-        path for path in run_dir.glob("checkpoint-*")
+        path
+        for path in run_dir.glob("checkpoint-*")
         if re.fullmatch("checkpoint-[0-9]+", path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(found, key=step_of, reverse=True)

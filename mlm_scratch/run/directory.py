@@ -23,8 +23,16 @@ LOCK = ".lock"
 
 # What a resumed run may do otherwise than it began; anything else would make it another run.
 MAY_CHANGE = {
-    "epochs", "max_steps", "log_every", "save_every", "keep", "eval_every",
-    "device", "precision", "compile", "output_dir",
+    "epochs",
+    "max_steps",
+    "log_every",
+    "save_every",
+    "keep",
+    "eval_every",
+    "device",
+    "precision",
+    "compile",
+    "output_dir",
 }
 # What changes with the number of processes, so that the rows per step stay what they were.
 SHARED_OUT = {"batch_size", "accumulate"}
@@ -110,9 +118,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
             for name, value in noted["config"].items()
         }
         # The same command line again is no change, however the rows are shared out now.
-        changes = {
-            name: value for name, value in changes.items() if value != saved.get(name)
-        }
+        changes = {name: value for name, value in changes.items() if value != saved.get(name)}
         saved |= _shared_out(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error

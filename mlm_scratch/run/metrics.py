@@ -139,8 +139,10 @@ def _is_later(line: bytes, last_step: int, last_evaluation: int) -> bool:
         return not line.endswith(b"\n") or values["step"] > last
     except (ValueError, KeyError, TypeError, RecursionError):
         if line.endswith(b"\n"):  # else a kill came while it was written
-            print(f"warning: {METRICS}: dropped from a line on that cannot be read: {line[:40]!r}",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: {METRICS}: dropped from a line on that cannot be read: {line[:40]!r}",
+                file=sys.stderr,
+            )
         return True
 
 

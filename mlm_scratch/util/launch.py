@@ -42,10 +42,14 @@ def this_launch() -> Launch:
     if "WORLD_SIZE" not in os.environ:
         return Launch()
     launch = Launch(
-        number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0),
-        number("LOCAL_WORLD_SIZE", 1), number("GROUP_RANK", 0),
-        number("TORCHELASTIC_RESTART_COUNT", 0), "TORCHELASTIC_RUN_ID" in os.environ,
-    )  # fmt: skip
+        number("RANK", 0),
+        number("WORLD_SIZE", 1),
+        number("LOCAL_RANK", 0),
+        number("LOCAL_WORLD_SIZE", 1),
+        number("GROUP_RANK", 0),
+        number("TORCHELASTIC_RESTART_COUNT", 0),
+        "TORCHELASTIC_RUN_ID" in os.environ,
+    )
     if launch.rank >= launch.size:
         raise UserError(
             f"the environment variable RANK is {launch.rank}, but ranks are numbered from 0, and "

@@ -24,9 +24,15 @@ def test_the_corpus_is_the_same_every_time(corpus):
 def test_rows_follow_the_eli5_schema(corpus):
     dataset = Dataset.from_list(corpus)
     assert dataset.column_names == [
-        "q_id", "title", "selftext", "category", "subreddit", "answers",
-        "title_urls", "selftext_urls",
-    ]  # fmt: skip
+        "q_id",
+        "title",
+        "selftext",
+        "category",
+        "subreddit",
+        "answers",
+        "title_urls",
+        "selftext_urls",
+    ]
     assert len(set(dataset["q_id"])) == len(corpus)
     for row in corpus:
         answers = row["answers"]

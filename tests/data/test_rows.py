@@ -58,11 +58,18 @@ def write_parquet(path):
     pyarrow.parquet.write_table(pa.table({"text": SENTENCES}), path)
 
 
-@pytest.mark.parametrize("name, write", [
-    ("a.txt", write_text), ("a.jsonl", write_jsonl), ("a.jsonl.gz", write_gz),
-    ("a.csv", write_csv), ("a.parquet", write_parquet), ("a.parquet.gz", write_parquet_gz),
-    ("mark.TXT", write_txt_with_mark),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("a.txt", write_text),
+        ("a.jsonl", write_jsonl),
+        ("a.jsonl.gz", write_gz),
+        ("a.csv", write_csv),
+        ("a.parquet", write_parquet),
+        ("a.parquet.gz", write_parquet_gz),
+        ("mark.TXT", write_txt_with_mark),
+    ],
+)
 def test_every_kind_of_file_gives_the_same_documents(tmp_path, name, write):
     write(tmp_path / name)
     documents, evaluation = load_documents(config(tmp_path / name))
@@ -81,12 +88,16 @@ def test_several_files_and_a_slice(tmp_path):
 ANSWERS = [["first", "second"], [], ["third"]]
 
 
-@pytest.mark.parametrize("rows, column", [
-    ([{"answers": {"text": texts}} for texts in ANSWERS], "answers.text"),
-    ([{"answers": [{"text": text} for text in texts]} for texts in ANSWERS], "answers.text"),
-    ([{"answers.text": texts} for texts in ANSWERS], "answers.text"),
-    ([{"answers": texts} for texts in ANSWERS], "answers"),
-], ids=["struct of lists", "list of structs", "flattened", "list"])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, column",
+    [
+        ([{"answers": {"text": texts}} for texts in ANSWERS], "answers.text"),
+        ([{"answers": [{"text": text} for text in texts]} for texts in ANSWERS], "answers.text"),
+        ([{"answers.text": texts} for texts in ANSWERS], "answers.text"),
+        ([{"answers": texts} for texts in ANSWERS], "answers"),
+    ],
+    ids=["struct of lists", "list of structs", "flattened", "list"],
+)
 def test_both_schemas_of_answers(tmp_path, rows, column):
     for name in ("a.json", "a.jsonl"):  # by `datasets`, and line by line
         path = tmp_path / name
@@ -226,9 +237,10 @@ def test_the_held_out_part_is_the_same_for_a_seed_and_apart_from_the_rest(tmp_pa
 def test_evaluation_files_of_their_own(tmp_path):
     write_text(tmp_path / "a.txt")
     write_text(tmp_path / "b.txt", ["held out"])
-    settings = resolve("tutorial", {
-        "train_file": (str(tmp_path / "a.txt"),), "eval_file": (str(tmp_path / "b.txt"),)
-    })  # fmt: skip
+    settings = resolve(
+        "tutorial",
+        {"train_file": (str(tmp_path / "a.txt"),), "eval_file": (str(tmp_path / "b.txt"),)},
+    )
     train, held_out = load_documents(settings)
     assert list(train) == SENTENCES and list(held_out) == ["held out"]
 

@@ -44,19 +44,30 @@ def small_buffers(monkeypatch):
 
 def config(files, **settings):
     """70 steps of 16 rows from 16 lanes: a little more than all documents."""
-    return small_config(files, **{
-        "streaming": True, "max_steps": 70, "batch_size": 16, "log_every": 1, "save_every": 10,
-        "keep": 9, **settings,
-    })  # fmt: skip
+    return small_config(
+        files,
+        **{
+            "streaming": True,
+            "max_steps": 70,
+            "batch_size": 16,
+            "log_every": 1,
+            "save_every": 10,
+            "keep": 9,
+            **settings,
+        },
+    )
 
 
 @pytest.mark.parametrize("names", [["a.txt"], [f"part-{part}.txt" for part in range(16)]])
 def test_a_pass_has_every_document_of_a_lane_once_and_shuffled(files, small_buffers, names):
     settings = config(files, train_file=tuple(str(files / name) for name in names))
     loader = StreamLoader(
-        load_documents(settings)[0], load_tokenizer(settings.model), settings,
-        torch.device("cpu"), ALONE,
-    )  # fmt: skip
+        load_documents(settings)[0],
+        load_tokenizer(settings.model),
+        settings,
+        torch.device("cpu"),
+        ALONE,
+    )
     lanes = [[] for _ in range(16)]
     for step in loader.steps(0, 70):
         (batch,) = step.batches
@@ -70,11 +81,14 @@ def test_a_pass_has_every_document_of_a_lane_once_and_shuffled(files, small_buff
         assert texts[:10] != own[:10] and Counter(texts[:10]) == Counter(own[:10])
 
 
-@pytest.mark.parametrize("names, settings", [
-    (["a.txt"], {"whole_word": True, "accumulate": 2, "batch_size": 6}),
-    (["b.jsonl"], {}),
-    ([f"part-{part}.txt" for part in range(16)], {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, settings",
+    [
+        (["a.txt"], {"whole_word": True, "accumulate": 2, "batch_size": 6}),
+        (["b.jsonl"], {}),
+        ([f"part-{part}.txt" for part in range(16)], {}),
+    ],
+)
 def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, names, settings):
     paths = tuple(str(files / name) for name in names)
     settings = config(files, train_file=paths, output_dir="stopped", **settings)

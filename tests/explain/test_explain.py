@@ -35,10 +35,17 @@ def test_the_loss_it_adds_up_is_that_of_the_step(files, call):
     arguments = ["--model", files / "model", "--seed", 1, "--mlm-probability", 0.5]
     code, out, _ = call(explain, *arguments, TEXT)
     assert code == 0 and {"mask", "random", "keep"} <= set(out.split())
-    run = train(small_config(
-        files, grouping="lines", block_size=64, max_steps=1, log_every=1, seed=1,
-        mlm_probability=0.5,
-    ))  # fmt: skip
+    run = train(
+        small_config(
+            files,
+            grouping="lines",
+            block_size=64,
+            max_steps=1,
+            log_every=1,
+            seed=1,
+            mlm_probability=0.5,
+        )
+    )
     loss = read_metrics(run)[0]["loss"]
     assert out.rstrip().endswith(f" = {loss:.4g} nats")
     terms = [float(term) for term in re.findall(r"loss = -ln p = ([0-9.]+)", out)]
@@ -128,16 +135,19 @@ def test_a_page_shows_markup_as_text(files, call):
     assert "<h1>&lt;b&gt;&amp;&lt;/b&gt;</h1>" in Path("page.html").read_text()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([""], "there is no token to mask in the text"),
-    ([" "], "there is no token to mask in the text"),
-    (["caf\udce9"], "is not UTF-8"),
-    (["galaxy " * 99], "the model takes 64"),
-    (["--mlm-probability", 2, TEXT], "--mlm-probability must be at most 1"),
-    (["--seed", -1, TEXT], "--seed must be at least 0"),
-    (["--html", "missing/page.html", TEXT], "--html: cannot write missing/page.html"),
-    ([], "the following arguments are required: text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([""], "there is no token to mask in the text"),
+        ([" "], "there is no token to mask in the text"),
+        (["caf\udce9"], "is not UTF-8"),
+        (["galaxy " * 99], "the model takes 64"),
+        (["--mlm-probability", 2, TEXT], "--mlm-probability must be at most 1"),
+        (["--seed", -1, TEXT], "--seed must be at least 0"),
+        (["--html", "missing/page.html", TEXT], "--html: cannot write missing/page.html"),
+        ([], "the following arguments are required: text"),
+    ],
+)
 def test_bad_input_is_one_line(files, call, arguments, message):
     code, _, err = call(explain, "--model", files / "model", *arguments)
     assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err

@@ -30,17 +30,22 @@ def questions(count):
     """Rows in the schema of ELI5-category, every answer 60 words or more."""
     return [
         {
-            "q_id": f"q{i}", "title": f"Why {i}?", "selftext": "", "category": "Physics",
+            "q_id": f"q{i}",
+            "title": f"Why {i}?",
+            "selftext": "",
+            "category": "Physics",
             "subreddit": "explainlikeimfive",
             "answers": {
                 "a_id": [f"a{i}", f"b{i}"],
                 "text": [f"Because of {i}: {' '.join(SENTENCES)}", " ".join(SENTENCES[i % 6 :])],
-                "score": [i, -1], "text_urls": [[], []],
+                "score": [i, -1],
+                "text_urls": [[], []],
             },
-            "title_urls": ["url"], "selftext_urls": ["url"],
+            "title_urls": ["url"],
+            "selftext_urls": ["url"],
         }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +71,12 @@ def home(tmp_path_factory):
 def call(environment, *arguments, script="train.py"):
     """Run a command line in a new process, in which the clients read their environment."""
     return subprocess.run(
-        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True, timeout=300,
+        [sys.executable, ROOT / script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=environment | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def test_the_tutorial_runs_whole_against_the_hub(hub, home):

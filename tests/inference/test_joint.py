@@ -133,24 +133,34 @@ def test_a_target_after_a_space_is_taken_with_it_but_not_in_json(directory, call
     _, out, _ = call(infer, "--model", directory, "A <mask> (<mask>) way.", "--targets", "is")
     first, second = re.findall(r"  '.*?is'", out)
     assert (first, second) == ("  ' is'", "  'is'")
-    _, out, _ = call(infer, "--model", directory, "--truncate", "A <mask>" + " (<mask>) is" * 99,
-                     "--targets", "is")  # fmt: skip
+    _, out, _ = call(
+        infer,
+        "--model",
+        directory,
+        "--truncate",
+        "A <mask>" + " (<mask>) is" * 99,
+        "--targets",
+        "is",
+    )
     assert "mask 12" in out and "mask 99" not in out
 
 
-@pytest.mark.parametrize("tokenizer, target, before, spelled", [
-    (TOKENIZER, "is", "", "is"),
-    (TOKENIZER, "is", "A ", "Ġis"),
-    (TOKENIZER, "is", "A (", "is"),
-    (TOKENIZER, "is", "A <mask>", "is"),
-    (TOKENIZER, " is", "", " is"),
-    (TOKENIZER, "Ġis", "A ", "Ġis"),  # as the vocabulary has it
-    (TOKENIZER, "offside", "A ", "Ġof"),  # no token: its first piece
-    (TOKENIZER, "é", "A (", "Ã"),  # the vocabulary's é is a byte, the letter is of two
-    (TOKENIZER, "", "A ", ""),
-    (wordpiece_tokenizer(), "Paris", "A ", "paris"),
-    (wordpiece_tokenizer(), "##s", "A ", "##s"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokenizer, target, before, spelled",
+    [
+        (TOKENIZER, "is", "", "is"),
+        (TOKENIZER, "is", "A ", "Ġis"),
+        (TOKENIZER, "is", "A (", "is"),
+        (TOKENIZER, "is", "A <mask>", "is"),
+        (TOKENIZER, " is", "", " is"),
+        (TOKENIZER, "Ġis", "A ", "Ġis"),  # as the vocabulary has it
+        (TOKENIZER, "offside", "A ", "Ġof"),  # no token: its first piece
+        (TOKENIZER, "é", "A (", "Ã"),  # the vocabulary's é is a byte, the letter is of two
+        (TOKENIZER, "", "A ", ""),
+        (wordpiece_tokenizer(), "Paris", "A ", "paris"),
+        (wordpiece_tokenizer(), "##s", "A ", "##s"),
+    ],
+)
 def test_a_target_is_spelled_as_the_text_before_it_asks(tokenizer, target, before, spelled):
     assert spell_target(tokenizer, target, before) == spelled
 
@@ -183,17 +193,20 @@ def test_joint_and_score_say_what_they_found(directory, call):
     assert float(total.split()[-1]) == pytest.approx(perplexity, rel=1e-3)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--joint", ""], "mark the gap"),
-    (["--score", ""], "has no token to score"),
-    (["--score", TEXT], "has a mask"),
-    (["--joint", "--top-k", 0, TEXT], "top-k must be from 1 to 100"),
-    (["--joint", TEXT, "--targets", "is"], "--targets goes with neither --joint nor --score"),
-    (["--joint", "--score", TEXT], "not allowed with argument"),
-    (["--truncate", "galaxy " * 99 + "<mask>"], "in the text 'galaxy galaxy"),
-    ([TEXT, "no gap"], "text 2: no <mask> in the text 'no gap'"),
-    (["--score", "words", "<mask>"], "text 2: the text '<mask>' has a mask"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--joint", ""], "mark the gap"),
+        (["--score", ""], "has no token to score"),
+        (["--score", TEXT], "has a mask"),
+        (["--joint", "--top-k", 0, TEXT], "top-k must be from 1 to 100"),
+        (["--joint", TEXT, "--targets", "is"], "--targets goes with neither --joint nor --score"),
+        (["--joint", "--score", TEXT], "not allowed with argument"),
+        (["--truncate", "galaxy " * 99 + "<mask>"], "in the text 'galaxy galaxy"),
+        ([TEXT, "no gap"], "text 2: no <mask> in the text 'no gap'"),
+        (["--score", "words", "<mask>"], "text 2: the text '<mask>' has a mask"),
+    ],
+)
 def test_what_cannot_be_filled_or_scored_is_one_line(directory, call, arguments, message):
     code, out, err = call(infer, "--model", directory, *arguments)
     assert code == 2 and message in err.splitlines()[-1] and out == ""

@@ -35,11 +35,22 @@ def files(tmp_path_factory):
 
 def config(files, **settings):
     """9 steps of 16 rows in one process, with evaluations and checkpoints."""
-    return small_config(files, **{
-        "grouping": "lines", "block_size": 48, "eval_fraction": 0.25, "batch_size": 16,
-        "eval_batch_size": 2, "log_every": 1, "eval_every": 4, "epochs": 3.0,
-        "save_every": 3, "keep": 9, **settings,
-    })  # fmt: skip
+    return small_config(
+        files,
+        **{
+            "grouping": "lines",
+            "block_size": 48,
+            "eval_fraction": 0.25,
+            "batch_size": 16,
+            "eval_batch_size": 2,
+            "log_every": 1,
+            "eval_every": 4,
+            "epochs": 3.0,
+            "save_every": 3,
+            "keep": 9,
+            **settings,
+        },
+    )
 
 
 def launch(processes, *settings, restarts=0):
@@ -48,13 +59,24 @@ def launch(processes, *settings, restarts=0):
     for given in settings:
         flags += flags_of(given) if dataclasses.is_dataclass(given) else [given]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-        processes, "--max-restarts", restarts, ROOT / "train.py", *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        processes,
+        "--max-restarts",
+        restarts,
+        ROOT / "train.py",
+        *flags,
+    ]
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def flags_of(config):
@@ -138,8 +160,15 @@ def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):
 
 def many_steps(files, **settings):
     """300 steps: time enough to disturb them."""
-    return config(files, output_dir="run", batch_size=8, epochs=100.0, eval_every=1000,
-                  save_every=30, **settings)  # fmt: skip
+    return config(
+        files,
+        output_dir="run",
+        batch_size=8,
+        epochs=100.0,
+        eval_every=1000,
+        save_every=30,
+        **settings,
+    )
 
 
 def rank(number, process):

@@ -40,12 +40,26 @@ def config(files, **settings):
 
 def command_line(files, *arguments):
     """train.py in a process of its own, on one core."""
-    command = [sys.executable, ROOT / "train.py", "--model", files / "model", "--train-file",
-               files / "a.txt", "--block-size", 16, "--device", "cpu", *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--model",
+        files / "model",
+        "--train-file",
+        files / "a.txt",
+        "--block-size",
+        16,
+        "--device",
+        "cpu",
+        *arguments,
+    ]
     return {
-        "args": list(map(str, command)), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
-        "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"},
-    }  # fmt: skip
+        "args": list(map(str, command)),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+    }
 
 
 # ---- Kills and signals ---------------------------------------------------------------------------
@@ -54,16 +68,25 @@ def command_line(files, *arguments):
 def test_runs_killed_at_random_moments_end_like_those_left_alone():
     """18 kills; `python -m tests.tools.faults --kills 200` is the same for longer."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.tools.faults", "--kills", "18"], cwd=ROOT,
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400,
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.tools.faults", "--kills", "18"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=400,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "18 kills; every run ended like the one left alone" in result.stdout
 
 
-@pytest.mark.parametrize("module, name", [
-    (loop, "evaluate"), (build, "save_checkpoint"), (loop, "masked_lm_loss"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, name",
+    [
+        (loop, "evaluate"),
+        (build, "save_checkpoint"),
+        (loop, "masked_lm_loss"),
+    ],
+)
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_loses_nothing_wherever_it_comes(
     files, monkeypatch, capsys, module, name, number, code
@@ -136,9 +159,9 @@ def test_a_second_interrupt_stops_at_once_and_harms_nothing(files, monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_command_with_a_checkpoint_to_go_on_from(files, number, code):
-    process = subprocess.Popen(**command_line(
-        files, "--max-steps", 3000, "--log-every", 1, "--save-every", 0
-    ))  # fmt: skip
+    process = subprocess.Popen(
+        **command_line(files, "--max-steps", 3000, "--log-every", 1, "--save-every", 0)
+    )
     metrics = Path("runs/tutorial/metrics.jsonl")
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert process.poll() is None, process.stderr.read()
@@ -337,9 +360,14 @@ def test_of_two_that_begin_in_one_directory_at_once_one_trains(files):
 def test_two_prepare_the_same_text_at_once(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("\n".join(f"both {i}: {' '.join(SENTENCES)}" for i in range(2000)))
-    settings = resolve("tutorial", {
-        "train_file": (str(text),), "eval_fraction": 0.0, "block_size": 16,
-    })  # fmt: skip
+    settings = resolve(
+        "tutorial",
+        {
+            "train_file": (str(text),),
+            "eval_fraction": 0.0,
+            "block_size": 16,
+        },
+    )
     documents, _ = load_documents(settings)
     tokenizer = byte_level_tokenizer()
     children = []
@@ -422,8 +450,10 @@ def test_a_checkpoint_runs_no_code(files):
     train(settings)
     state = checkpoints(Path("run"))[0] / checkpoint.STATE
     manifest = json.loads((state.parent / checkpoint.MANIFEST).read_text())
-    for write in (lambda: torch.save({"x": Payload()}, state),
-                  lambda: state.write_bytes(pickle.dumps(Payload()))):  # fmt: skip
+    for write in (
+        lambda: torch.save({"x": Payload()}, state),
+        lambda: state.write_bytes(pickle.dumps(Payload())),
+    ):
         write()
         manifest[state.name] = {"size": state.stat().st_size, "sha256": checkpoint.checksum(state)}
         (state.parent / checkpoint.MANIFEST).write_text(json.dumps(manifest))

@@ -39,13 +39,21 @@ def wordpiece_tokenizer() -> BertTokenizerFast:
 
 def roberta(tokenizer: PreTrainedTokenizerFast, **overrides) -> RobertaForMaskedLM:
     """A RoBERTa of 2 layers, width 32, for sequences of up to 64 tokens. Random weights."""
-    config = RobertaConfig(**{
-        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 66,
-        "type_vocab_size": 1, "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        **overrides,
-    })  # fmt: skip
+    config = RobertaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 66,
+            "type_vocab_size": 1,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **overrides,
+        }
+    )
     return RobertaForMaskedLM(config)
 
 
@@ -59,7 +67,16 @@ def save_roberta(directory: Path, **overrides) -> Path:
 
 def small_config(files: Path, **settings) -> TrainConfig:
     """A run of seconds on the model and the text in `files`."""
-    return resolve("tutorial", {
-        "model": str(files / "model"), "train_file": (str(files / "a.txt"),), "block_size": 16,
-        "lr": 1e-3, "log_every": 3, "device": "cpu", "eval_fraction": 0.0, **settings,
-    })  # fmt: skip
+    return resolve(
+        "tutorial",
+        {
+            "model": str(files / "model"),
+            "train_file": (str(files / "a.txt"),),
+            "block_size": 16,
+            "lr": 1e-3,
+            "log_every": 3,
+            "device": "cpu",
+            "eval_fraction": 0.0,
+            **settings,
+        },
+    )

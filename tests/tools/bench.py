@@ -110,15 +110,21 @@ def reference_steps(
         Trainer(
             model=load_model(model, "scratch"),
             args=TrainingArguments(
-                directory, max_steps=count, per_device_train_batch_size=config.batch_size,
-                learning_rate=config.lr, save_strategy="no", report_to="none", disable_tqdm=True,
-                use_cpu=precision.device.type == "cpu", bf16=precision.dtype == torch.bfloat16,
+                directory,
+                max_steps=count,
+                per_device_train_batch_size=config.batch_size,
+                learning_rate=config.lr,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=precision.device.type == "cpu",
+                bf16=precision.dtype == torch.bfloat16,
                 logging_steps=10_000,
             ),
             train_dataset=examples_of(rows, count * config.batch_size),
             data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.seed),
             callbacks=[times],
-        ).train()  # fmt: skip
+        ).train()
     return seconds_per_step(times.clock, precision.device)
 
 
@@ -152,8 +158,10 @@ def in_turn(ours: Callable[[], float], reference: Callable[[], float], repeats: 
     return {
         "ours": statistics.median(mine for mine, _ in pairs),
         "reference": statistics.median(theirs for _, theirs in pairs),
-        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
-    }  # fmt: skip
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -194,9 +202,12 @@ def in_a_process(function: str, *arguments: str, **environment: str) -> list[flo
         "print(bench.memory_of_process('VmHWM'))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         env=os.environ | environment,
-    )  # fmt: skip
+    )
     if result.returncode:
         raise RuntimeError(result.stderr)
     return [float(line) for line in result.stdout.splitlines() if re.fullmatch(r"[\d.e+-]+", line)]
@@ -209,9 +220,12 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Yield (name, result) of every comparison."""
     repeats = arguments.repeats
     config = tutorial_shape(
-        arguments.model, arguments.text, arguments.text_column,
-        device=arguments.device, batch_size=arguments.batch_size,
-    )  # fmt: skip
+        arguments.model,
+        arguments.text,
+        arguments.text_column,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+    )
     documents, _ = data.load_documents(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     texts = list(documents)
@@ -219,20 +233,28 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     with tempfile.TemporaryDirectory() as directory:
         datasets.Dataset.from_dict({"text": texts}).save_to_disk(directory)
         mapped = datasets.load_from_disk(directory)  # as load_dataset leaves them
-        yield "tokenizing", in_turn(
-            lambda: seconds(lambda: sum(1 for _ in data.tokenize(documents, tokenizer, config))),
-            lambda: seconds(lambda: tokenize_with_map(mapped, tokenizer)),
-            max(1, repeats // 2),
+        yield (
+            "tokenizing",
+            in_turn(
+                lambda: seconds(
+                    lambda: sum(1 for _ in data.tokenize(documents, tokenizer, config))
+                ),
+                lambda: seconds(lambda: tokenize_with_map(mapped, tokenizer)),
+                max(1, repeats // 2),
+            ),
         )
 
     encoded = [
         dict(tokenizer(texts[i : i + 1000], verbose=False)) for i in range(0, len(texts), 1000)
     ]
     ids = [batch["input_ids"] for batch in encoded]
-    yield "grouping", in_turn(
-        lambda: seconds(lambda: group(ids)),
-        lambda: seconds(lambda: [tutorial_grouping(batch, 128) for batch in encoded]),
-        max(1, repeats // 2),
+    yield (
+        "grouping",
+        in_turn(
+            lambda: seconds(lambda: group(ids)),
+            lambda: seconds(lambda: [tutorial_grouping(batch, 128) for batch in encoded]),
+            max(1, repeats // 2),
+        ),
     )
 
     rows = data.prepare_rows(documents, tokenizer, config)
@@ -242,14 +264,23 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         reference = DataCollatorForLanguageModeling(tokenizer, seed=42)
         indices, part = np.arange(size), examples[:size]
         times = 2000 // size
-        yield f"batch of {size} x 128", in_turn(
-            lambda: seconds(lambda: collator(rows, indices), times),  # noqa: B023
-            lambda: seconds(lambda: reference([dict(e) for e in part]), times),  # noqa: B023
-            repeats,
+        yield (
+            f"batch of {size} x 128",
+            in_turn(
+                lambda: seconds(lambda: collator(rows, indices), times),  # noqa: B023
+                lambda: seconds(lambda: reference([dict(e) for e in part]), times),  # noqa: B023
+                repeats,
+            ),
         )
 
-    shape = (arguments.model, arguments.text, arguments.text_column,
-             arguments.device, str(arguments.batch_size), str(arguments.steps))  # fmt: skip
+    shape = (
+        arguments.model,
+        arguments.text,
+        arguments.text_column,
+        arguments.device,
+        str(arguments.batch_size),
+        str(arguments.steps),
+    )
     memory = {"our_steps": [], "reference_steps": []}
 
     def steps_in_a_process(function: str) -> float:
@@ -259,46 +290,63 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         return took
 
     step = in_turn(
-        lambda: steps_in_a_process("our_steps"), lambda: steps_in_a_process("reference_steps"),
+        lambda: steps_in_a_process("our_steps"),
+        lambda: steps_in_a_process("reference_steps"),
         repeats,
-    )  # fmt: skip
+    )
     precision = choose_precision(config.device, config.precision)
     model = load_model(config.model, "scratch")
     masked = round(config.mlm_probability * config.batch_size * config.block_size)
     tokens = config.batch_size * config.block_size
     flops = step_flops(model, tokens, config.block_size, masked)
     rate = matrix_rate(precision.device, precision.dtype)
-    yield "training step", step | {
-        "tokens_per_second": tokens / step["ours"],
-        "roofline_share": flops / step["ours"] / rate, "matrix_flops_per_second": rate,
-    }  # fmt: skip
+    yield (
+        "training step",
+        step
+        | {
+            "tokens_per_second": tokens / step["ours"],
+            "roofline_share": flops / step["ours"] / rate,
+            "matrix_flops_per_second": rate,
+        },
+    )
 
     if precision.device.type == "cpu":
         pairs = list(zip(memory["our_steps"], memory["reference_steps"], strict=True))
         ratios = [theirs / mine for mine, theirs in pairs]
-        yield "peak memory", {
-            "ours": statistics.median(memory["our_steps"]),
-            "reference": statistics.median(memory["reference_steps"]),
-            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
-        }  # fmt: skip
+        yield (
+            "peak memory",
+            {
+                "ours": statistics.median(memory["our_steps"]),
+                "reference": statistics.median(memory["reference_steps"]),
+                "ratio": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+            },
+        )
 
     with tempfile.TemporaryDirectory() as directory:
         load_model(config.model, "scratch").save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         text = f"The Milky Way is a {tokenizer.mask_token} galaxy."
-        yield "start to answer", in_turn(
-            lambda: run("infer.py", "--json", "--model", directory, text),
-            lambda: run("-c", PIPELINE, directory, text),
-            repeats,
+        yield (
+            "start to answer",
+            in_turn(
+                lambda: run("infer.py", "--json", "--model", directory, text),
+                lambda: run("-c", PIPELINE, directory, text),
+                repeats,
+            ),
         )
 
 
 def tokenize_with_map(rows: datasets.Dataset, tokenizer) -> None:
     """The tutorial's way: datasets.map in batches, with as many processes as there are cores."""
     rows.map(
-        lambda part: tokenizer(part["text"]), batched=True, num_proc=os.cpu_count(),
-        remove_columns=rows.column_names, load_from_cache_file=False,
-    )  # fmt: skip
+        lambda part: tokenizer(part["text"]),
+        batched=True,
+        num_proc=os.cpu_count(),
+        remove_columns=rows.column_names,
+        load_from_cache_file=False,
+    )
 
 
 def group(ids: list[list[list[int]]]) -> None:
@@ -319,8 +367,13 @@ def growth(texts: list[str], model: str) -> Iterator[dict]:
             environment = {"MLM_SCRATCH_CACHE": directory, "HF_DATASETS_CACHE": directory}
             own, took, peak = in_a_process("prepare_text", model, str(path), **environment)
             _, again, _ = in_a_process("prepare_text", model, str(path), **environment)
-            yield {"factor": factor, "seconds": took, "peak_memory": peak,
-                   "own_memory": own, "again": again}  # fmt: skip
+            yield {
+                "factor": factor,
+                "seconds": took,
+                "peak_memory": peak,
+                "own_memory": own,
+                "again": again,
+            }
 
 
 def prepare_text(model: str, path: str) -> float:
@@ -337,9 +390,7 @@ def prepare_text(model: str, path: str) -> float:
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        return seconds(
-            lambda: data.prepare_rows(data.load_documents(config)[0], tokenizer, config)
-        )
+        return seconds(lambda: data.prepare_rows(data.load_documents(config)[0], tokenizer, config))
     finally:
         done.set()
         thread.join()
@@ -355,11 +406,20 @@ def memory_of_process(field: str, process: str = "self") -> int:
 
 def tutorial_shape(model: str, text: str, column: str, **settings) -> TrainConfig:
     """The tutorial's settings on a text of one's own, with random weights."""
-    return resolve("tutorial", {
-        "model": model, "init": "scratch", "train_file": (text,), "text_column": column,
-        "eval_fraction": 0.0, "device": "cpu", "max_steps": 100_000, "log_every": 10_000,
-        **settings,
-    })  # fmt: skip
+    return resolve(
+        "tutorial",
+        {
+            "model": model,
+            "init": "scratch",
+            "train_file": (text,),
+            "text_column": column,
+            "eval_fraction": 0.0,
+            "device": "cpu",
+            "max_steps": 100_000,
+            "log_every": 10_000,
+            **settings,
+        },
+    )
 
 
 def examples_of(rows: data.TokenRows, count: int) -> list[dict]:
@@ -372,25 +432,34 @@ def run(*arguments: str) -> float:
     """Seconds that a Python process takes from start to end."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True,
-                   env=environment)  # fmt: skip
+    subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True, env=environment
+    )
     return time.perf_counter() - start
 
 
 def main() -> None:
     """Run all comparisons, print a table, write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR",
-                        help="shape and tokenizer to measure with; its weights are not used")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="ID_OR_DIR",
+        help="shape and tokenizer to measure with; its weights are not used",
+    )
     parser.add_argument("--text", required=True, metavar="FILE", help="real text to measure with")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="training steps per measurement")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements")
-    parser.add_argument("--growth", action="store_true",
-                        help="also prepare 1, 4 and 16 times the text")
+    parser.add_argument(
+        "--growth", action="store_true", help="also prepare 1, 4 and 16 times the text"
+    )
     parser.add_argument("--output", default="bench.json", help="where the JSON goes")
     arguments = parser.parse_args()
     for name in ("model", "text"):  # other processes are started in another directory
@@ -405,23 +474,30 @@ def main() -> None:
     results = {}
     for name, result in compare(arguments):
         results[name] = result
-        print(f"{name:24} {result['ours']:12.6g} {result['reference']:12.6g} "
-              f"{result['ratio']:7.2f}x   {result['lowest']:.2f} to {result['highest']:.2f}",
-              flush=True)  # fmt: skip
+        print(
+            f"{name:24} {result['ours']:12.6g} {result['reference']:12.6g} "
+            f"{result['ratio']:7.2f}x   {result['lowest']:.2f} to {result['highest']:.2f}",
+            flush=True,
+        )
         if "roofline_share" in result:
             share, rate = result["roofline_share"], result["matrix_flops_per_second"]
-            print(f"{'':24} {share:.0%} of the {rate:.3g} FLOP/s of a matrix product by itself, "
-                  f"{result['tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+            print(
+                f"{'':24} {share:.0%} of the {rate:.3g} FLOP/s of a matrix product by itself, "
+                f"{result['tokens_per_second']:,.0f} tokens/s"
+            )
     print(f"train.py --help: {run('train.py', '--help'):.2f} s")
     results["growth"] = []
     if arguments.growth:
         config = tutorial_shape(arguments.model, arguments.text, arguments.text_column)
         for line in growth(list(data.load_documents(config)[0]), arguments.model):
             results["growth"].append(line)
-            print(f"{line['factor']:2} x the text: prepared in {line['seconds']:.1f} s, peak "
-                  f"memory {line['own_memory'] / 2**20:,.0f} MiB, with mapped files "
-                  f"{line['peak_memory'] / 2**20:,.0f}; from the cache in "
-                  f"{line['again']:.1f} s", flush=True)  # fmt: skip
+            print(
+                f"{line['factor']:2} x the text: prepared in {line['seconds']:.1f} s, peak "
+                f"memory {line['own_memory'] / 2**20:,.0f} MiB, with mapped files "
+                f"{line['peak_memory'] / 2**20:,.0f}; from the cache in "
+                f"{line['again']:.1f} s",
+                flush=True,
+            )
     content = {"machine": machine, "results": results}
     Path(arguments.output).write_text(json.dumps(content, indent=1))
 

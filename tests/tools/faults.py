@@ -141,8 +141,11 @@ def kill_until_through(
 
 def main() -> None:
     """Kill, resume and compare until the kills are used up."""
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.faults", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.faults",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -151,8 +154,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         os.chdir(directory)
-        os.environ |= {"MLM_SCRATCH_CACHE": f"{directory}/rows",
-                       "HF_DATASETS_CACHE": f"{directory}/datasets"}  # fmt: skip
+        os.environ |= {
+            "MLM_SCRATCH_CACHE": f"{directory}/rows",
+            "HF_DATASETS_CACHE": f"{directory}/datasets",
+        }
         save_roberta(Path("model"))
         Path("a.txt").write_text("\n".join(f"{i}: {s}" for i in range(40) for s in SENTENCES))
         deaths, runs = Counter(), 0
@@ -160,12 +165,21 @@ def main() -> None:
         while deaths.total() < arguments.kills:
             variant = runs % len(VARIANTS)
             config = {
-                "model": "model", "train_file": ("a.txt",), "block_size": 16, "lr": 1e-3,
-                "batch_size": 4, "accumulate": 2, "eval_fraction": 0.5, "log_every": 3,
-                "save_every": 8, "eval_every": 10, "device": "cpu", "max_steps": 60,
+                "model": "model",
+                "train_file": ("a.txt",),
+                "block_size": 16,
+                "lr": 1e-3,
+                "batch_size": 4,
+                "accumulate": 2,
+                "eval_fraction": 0.5,
+                "log_every": 3,
+                "save_every": 8,
+                "eval_every": 10,
+                "device": "cpu",
+                "max_steps": 60,
                 "eval_batch_size": 2,
                 **VARIANTS[variant],
-            }  # fmt: skip
+            }
             if variant not in whole_runs:
                 whole = resolve("tutorial", {**config, "output_dir": f"whole-{variant}"})
                 begin = time.perf_counter()
@@ -177,8 +191,10 @@ def main() -> None:
             assert_same_run(whole_dir, Path(killed.output_dir))
             shutil.rmtree(killed.output_dir)
             runs += 1
-            print(f"{runs} runs through after {deaths.total()} kills: all as if left alone",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{runs} runs through after {deaths.total()} kills: all as if left alone",
+                file=sys.stderr,
+            )
         print(f"{runs} runs, {deaths.total()} kills; every run ended like the one left alone")
         for phase, count in sorted(deaths.items()):
             print(f"{count:5} {phase}")

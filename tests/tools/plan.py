@@ -105,8 +105,8 @@ def plan(
         "drawing only its own, ms": tokens / gpus * measured.mask * 1e3,
         "agreeing on a stop signal, ms": 2 * (gpus - 1) * measured.agree * 1e3,
         "checkpoint, GB": state / 1e9,
-        "writing it and reading it twice for its checksums, s":
-            state / DISK + 2 * state * measured.digest,
+        "writing it and reading it twice for its checksums, s": state / DISK
+        + 2 * state * measured.digest,
         "order of an epoch of 10^9 rows in each process, GB": 8 * ROWS_ON_DISK / 1e9,
         "drawing that, s": ROWS_ON_DISK * measured.order,
         "steps in that epoch": ROWS_ON_DISK * BLOCK / tokens,
@@ -115,8 +115,11 @@ def plan(
 
 def main() -> None:
     """Print the plan as a table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.plan", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, metavar="ID_OR_DIR", help="shape to compute for")
     arguments = parser.parse_args()
     with torch.device("meta"):  # only its shape

@@ -37,15 +37,34 @@ def tokens_per_second(arguments: argparse.Namespace, processes: int, threads: in
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command += [
-        ROOT / "train.py", "--model", arguments.model, "--init", "scratch", "--train-file",
-        arguments.text, "--text-column", arguments.text_column, "--eval-fraction", 0,
-        "--batch-size", arguments.batch_size // processes, "--max-steps", arguments.steps,
-        "--log-every", 2, "--save-every", 0, "--device", "cpu", *flags,
-    ]  # fmt: skip
+        ROOT / "train.py",
+        "--model",
+        arguments.model,
+        "--init",
+        "scratch",
+        "--train-file",
+        arguments.text,
+        "--text-column",
+        arguments.text_column,
+        "--eval-fraction",
+        0,
+        "--batch-size",
+        arguments.batch_size // processes,
+        "--max-steps",
+        arguments.steps,
+        "--log-every",
+        2,
+        "--save-every",
+        0,
+        "--device",
+        "cpu",
+        *flags,
+    ]
     with tempfile.TemporaryDirectory() as directory:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        subprocess.run(list(map(str, command)), cwd=directory, check=True, capture_output=True,
-                       env=environment)  # fmt: skip
+        subprocess.run(
+            list(map(str, command)), cwd=directory, check=True, capture_output=True, env=environment
+        )
         events = EventAccumulator(f"{directory}/runs/tutorial/logs")
         events.Reload()
         return statistics.median(
@@ -61,9 +80,11 @@ def compare(arguments: argparse.Namespace, name: str, ours: tuple, other: tuple)
     ]
     ratios = [a / b for a, b in pairs]
     medians = [statistics.median(values) for values in zip(*pairs, strict=True)]
-    print(f"{name:60} {medians[0]:8,.0f} {medians[1]:8,.0f} tokens/s "
-          f"{statistics.median(ratios):6.2f}x   {min(ratios):.2f} to {max(ratios):.2f}",
-          flush=True)  # fmt: skip
+    print(
+        f"{name:60} {medians[0]:8,.0f} {medians[1]:8,.0f} tokens/s "
+        f"{statistics.median(ratios):6.2f}x   {min(ratios):.2f} to {max(ratios):.2f}",
+        flush=True,
+    )
 
 
 def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
@@ -88,8 +109,11 @@ def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             memory = sum(memory_of_process("RssAnon", pid) for pid in ("self", *children))
             seconds = time.perf_counter() - begin
-            print(f"{done:5.0%} of {size / 1e9:.1f} GB: {memory / 2**20:,.0f} MiB, "
-                  f"{tokens / seconds:,.0f} tokens/s", flush=True)  # fmt: skip
+            print(
+                f"{done:5.0%} of {size / 1e9:.1f} GB: {memory / 2**20:,.0f} MiB, "
+                f"{tokens / seconds:,.0f} tokens/s",
+                flush=True,
+            )
             printed = math.floor(done * 20) + 1
         if done >= 1:
             break
@@ -98,10 +122,17 @@ def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
 
 def main() -> None:
     """Measure what was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.tools.scale", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="ID_OR_DIR",
-                        help="shape and tokenizer to measure with; its weights are not used")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.tools.scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="ID_OR_DIR",
+        help="shape and tokenizer to measure with; its weights are not used",
+    )
     parser.add_argument("--text", required=True, metavar="FILE", help="real text to measure with")
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
