@@ -1,4 +1,4 @@
-"""Fill the masks of a text, first as the pipeline does it, then step by step.
+"""Fill the masks of a text, first as the pipeline does, then step by step.
 
 python infer.py "The Milky Way is a <mask> galaxy."
 python infer.py --top-k 3 --json < texts.txt
@@ -10,30 +10,30 @@ import argparse
 import io
 import sys
 
-from mlm_scratch.hf.hub import go_offline_without_hub
-from mlm_scratch.run.directory import newest_model
+from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 
 
 def main() -> None:
-    """Parse, load, check, then fill or score each text, and print."""
+    """Parse, load, check all texts, then fill or score each and print."""
     arguments = parse_arguments()
     texts = arguments.texts or read_texts()
-    if arguments.targets and arguments.what in ("joint", "score"):
+    if arguments.targets and arguments.kind in ("joint", "score"):
         raise UserError("--targets goes with neither --joint nor --score: leave it out")
     if not texts and arguments.targets:
-        raise UserError('no text: it has to come before --targets, or after them and a "--"')
+        raise UserError('no text: put it before --targets, or after them and a "--"')
     if not texts:
         raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
     model_name = newest_model() if arguments.model is None else arguments.model
     go_offline_without_hub(str(model_name))
 
-    # Only now: these imports take seconds, and what was wrong so far is told at once.
+    # Imported late: this takes seconds, and the errors above are reported without it.
     from transformers.utils import logging
 
+    from mlm_scratch.hf.checks import check_fit
     from mlm_scratch.hf.encode import use_own_mask
-    from mlm_scratch.hf.load import check_fit, load_model, load_tokenizer
-    from mlm_scratch.inference.output import Answers
+    from mlm_scratch.hf.load import load_model, load_tokenizer
+    from mlm_scratch.inference.output import Output
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
@@ -43,13 +43,21 @@ def main() -> None:
     model = load_model(model_name, dtype="auto").eval().to(device)
     check_fit(tokenizer, model, model_name)
     texts = [use_own_mask(tokenizer, text) for text in texts]
-    answers = Answers(model, tokenizer, arguments)
-    answers.check(texts)  # all of them, before the first is answered
-    answers.show(texts)
+    output = Output(
+        model,
+        tokenizer,
+        kind=arguments.kind,
+        top_k=arguments.top_k,
+        targets=arguments.targets,
+        truncate=arguments.truncate,
+        with_steps=bool(arguments.texts),
+    )
+    output.check(texts)  # all of them, before anything is printed
+    output.show(texts)
 
 
 def read_texts() -> list[str]:
-    """One text per line of standard input; none where that is a terminal."""
+    """Read one text per line from standard input, unless that is a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         return []
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -58,7 +66,7 @@ def read_texts() -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = OneLineParser(
         prog="infer.py",
         description=__doc__,
@@ -78,31 +86,31 @@ def parse_arguments() -> argparse.Namespace:
         "--targets",
         nargs="+",
         metavar="TOKEN",
-        help="consider only these tokens of the vocabulary; after a space a word is looked up with "
-        "that space, except with --json, which does as the pipeline",
+        help="consider only these tokens of the vocabulary; after a space, a word is looked up "
+        "with that space, except with --json, which does what the pipeline does",
     )
     parser.add_argument(
         "--truncate", action="store_true", help="cut texts that are too long for the model"
     )
-    parser.set_defaults(what="fills")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
+    parser.set_defaults(kind="fills")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--joint",
-        dest="what",
+        dest="kind",
         action="store_const",
         const="joint",
-        help="fill several masks together, by beam search: words that go with each other",
+        help="fill several masks together, by beam search: words that fit together",
     )
-    what.add_argument(
+    kind.add_argument(
         "--score",
-        dest="what",
+        dest="kind",
         action="store_const",
         const="score",
-        help="how probable each token of a text without masks is, given all the others",
+        help="print how probable each token of a text without masks is, given all the others",
     )
-    what.add_argument(
+    kind.add_argument(
         "--json",
-        dest="what",
+        dest="kind",
         action="store_const",
         const="json",
         help='print what pipeline("fill-mask") returns, nothing else',

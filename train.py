@@ -11,20 +11,20 @@ import dataclasses
 import os
 import sys
 import typing
-from pathlib import Path
 
 from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.util.errors import OneLineParser, run_command
 from mlm_scratch.util.launch import this_launch
+from mlm_scratch.util.runs import MODEL
 
 
 def main() -> None:
-    """Parse, choose a recipe, train, say where the result is."""
+    """Parse, choose a recipe, train, print where the result is."""
     if not this_launch().is_first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  of several processes one prints
-    given = vars(parse_arguments())  # only what was named on the command line
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
+    given = vars(parse_arguments())  # only what the command line names
     for name in ("train_file", "eval_file"):
         if name in given:  # absolute, since a run may be resumed from another directory
             given[name] = tuple(map(os.path.abspath, given[name]))
@@ -41,54 +41,30 @@ def main() -> None:
 
     sources = [config.model] if config.train_file else [config.model, config.dataset]
     go_offline_without_hub(*sources)
-    from mlm_scratch.loop import train  # imports torch and transformers: seconds
+    from mlm_scratch.run.session import train  # imports torch and transformers: seconds
 
     run_dir = train(config, resume=resume)
     print(f"picture of the loss: {run_dir / 'loss.png'}")
     print(f"all curves: tensorboard --logdir {run_dir / 'logs'}")
-    print(f"model: {run_dir / 'model'}; try it with")
+    print(f"model: {run_dir / MODEL}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
     if config.dataset == BUNDLED and this_launch().is_first:
-        show_what_was_learned(run_dir / "model")
+        from mlm_scratch.inference.unseen import unseen_lines
 
-
-def show_what_was_learned(directory: Path) -> None:
-    """Fill a gap in three sentences that the bundled corpus does not contain: facts that it tells
-    in other words. They are the first, middle and last of those whose answer is one token after a
-    space, whatever the model makes of them."""
-    from mlm_scratch.data.corpus import unseen_sentences
-    from mlm_scratch.fill_mask import fill_mask
-    from mlm_scratch.hf.load import load_model, load_tokenizer, longest_input
-
-    tokenizer, model = load_tokenizer(directory), load_model(directory)
-    gaps = []
-    for sentence, answer in unseen_sentences():
-        masked = sentence.replace(f" {answer}", f" {tokenizer.mask_token}")
-        ids, masked_ids = tokenizer([sentence, masked], verbose=False)["input_ids"]
-        differing = [id for id, seen in zip(ids, masked_ids, strict=False) if id != seen]
-        one_token = len(ids) == len(masked_ids) and len(differing) == 1
-        one_token = one_token and differing[0] != tokenizer.unk_token_id
-        if one_token and len(ids) <= longest_input(tokenizer, model):
-            gaps.append((masked, answer, differing[0]))
-    if len(gaps) < 3:
-        return
-    print("three sentences that were not in the text:")
-    for masked, answer, id in (gaps[0], gaps[len(gaps) // 2], gaps[-1]):
-        best = fill_mask(model, tokenizer, masked, top_k=1)[0]
-        verdict = "right" if best["token"] == id else f"wrong, it is {answer}"
-        print(f"    {masked}  {best['token_str'].strip()} ({best['score']:.2f}): {verdict}")
+        for line in unseen_lines(run_dir / MODEL):
+            print(line)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Turn every field of TrainConfig into a flag. Flags that are not given do not appear."""
+    """Turn every field of TrainConfig into a flag. Flags that are not given are absent."""
     parser = OneLineParser(
         prog="train.py",
         description=__doc__,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="The defaults shown are those of the recipe tutorial; bundled has some of its own "
-        "(mlm_scratch/config.py).",
+        epilog="The defaults shown are those of the recipe tutorial; bundled overrides some of "
+        "them (mlm_scratch/config.py).",
     )
     parser.add_argument(
         "--recipe",
@@ -104,13 +80,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --output-dir, or else the newest one, from its last checkpoint",
+        help="continue the run in --output-dir (default: the newest run) from its last checkpoint",
     )
     return parser.parse_args()
 
 
 def _argument(option: dataclasses.Field, kind: type) -> dict:
-    """What argparse has to know of a field."""
+    """Return the arguments of argparse's add_argument for a field."""
     text = option.metadata["help"].replace("%", "%%")
     if kind is bool:
         return {"action": "store_true", "help": text}
@@ -127,9 +103,9 @@ def _argument(option: dataclasses.Field, kind: type) -> dict:
 
 
 def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:
-    """The recipe to use and why: the one that was named, or for "auto" the one that can run."""
+    """Choose the recipe and give the reason: the one named, or for "auto" the one that can run."""
     if recipe != "auto":
-        return recipe, "as named"
+        return recipe, "as requested"
     named = [name for name in ("model", "dataset", "train_file") if name in given]
     if named:
         return "tutorial", f"its settings for the {named[0].replace('_', ' ')} named"

@@ -1,21 +1,23 @@
-"""What a training run can be told: one dataclass, every field explained, and the two recipes.
+"""The settings of a training run: one dataclass, every field explained, and the two recipes.
 
-train.py makes its flags from these fields, so each setting is named and described only here.
+train.py makes its flags from these fields, so each setting is named and described here only.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
 
 from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.probabilities import check_probabilities
 
-# As a model: a small encoder and a tokenizer trained on the run's own text.
+# As a model: a small encoder, with a tokenizer trained on the run's own text.
 # As a data set: the corpus that comes with this package.
 BUNDLED = "bundled"
 
 
 def _option(default: Any, help: str, **meta: Any) -> Any:
-    """A field with its help text, its limits (at_least, above, at_most) or its choices."""
+    """Declare a field with its help text and its limits or choices."""
     return field(default=default, metadata={"help": help, **meta})
 
 
@@ -23,7 +25,8 @@ def _option(default: Any, help: str, **meta: Any) -> Any:
 class TrainConfig:
     """All settings of a run; the defaults are those of the recipe `tutorial`.
 
-    Raises UserError for a value out of range or a contradiction, naming the flag.
+    Raises:
+        UserError: a value out of range or a contradiction; the message names the flag.
     """
 
     recipe: str = "tutorial"
@@ -36,87 +39,89 @@ class TrainConfig:
     )
     init: str = _option(
         "pretrained",
-        "start from the model's weights, or from random ones in its shape",
+        "start from the pretrained weights, or from random ones of the same shape",
         choices=("pretrained", "scratch"),
     )
     # ---- The text
     dataset: str | None = _option(
-        "dany0407/eli5_category", f"data set: a Hub id, or {BUNDLED!r} for the corpus in here"
+        "dany0407/eli5_category",
+        f"data set: a Hub id, or {BUNDLED!r} for the corpus in this package",
     )
     dataset_config: str | None = _option(None, "configuration of the data set, if it has several")
-    split: str = _option("train[:5000]", "split of the data set, slices as in train[:5000]")
+    split: str = _option("train[:5000]", "split of the data set; slices as in train[:5000]")
     train_file: tuple[str, ...] = _option(
         (),
         "train on these files instead: .txt (a document per line), .jsonl, .csv or .parquet, "
         "each also as .gz",
     )
     eval_file: tuple[str, ...] = _option(
-        (), "evaluate on these files instead of holding out a part of the training text"
+        (), "evaluate on these files instead of a held-out part of the training text"
     )
     text_column: str = _option(
-        "answers.text", "column with the text; dotted for nested ones; a list is joined by spaces"
+        "answers.text", "column with the text; dotted if nested; a list is joined with spaces"
     )
     streaming: bool = _option(
         False,
-        "read, tokenize and pack the text while training, without a copy on disk; needs "
+        "read, tokenize and chunk the text while training, without a copy on disk; needs "
         "--max-steps",
     )
     eval_fraction: float = _option(
         0.2,
-        "share of the documents held out for evaluation; 0: no evaluation",
+        "share of the documents to hold out for evaluation; 0: no evaluation",
         at_least=0,
         below=1,
     )
-    block_size: int = _option(128, "tokens per row: what the model sees at once", at_least=2)
+    block_size: int = _option(128, "tokens per row, the context that the model sees", at_least=2)
     grouping: str = _option(
         "blocks",
-        "blocks: all documents in one stream, cut every block_size tokens; lines: one document "
-        "per row, cut at block_size and padded",
+        "blocks: concatenate all documents and chunk them every block_size tokens; lines: one "
+        "document per row, truncated to block_size and padded",
         choices=("blocks", "lines"),
     )
     # ---- The masking
     mlm_probability: float = _option(
-        0.15, "share of the tokens to predict; BERT used 0.15, ModernBERT 0.3", above=0, at_most=1
+        0.15, "share of the tokens to mask; BERT used 0.15, ModernBERT 0.3", above=0, at_most=1
     )
     mask_replace_prob: float = _option(
-        0.8, "share of those that become the mask token", at_least=0, at_most=1
+        0.8, "share of the masked tokens that become <mask>", at_least=0, at_most=1
     )
     random_replace_prob: float = _option(
-        0.1, "share of those that become a random token; the rest stay", at_least=0, at_most=1
+        0.1,
+        "share of the masked tokens that become a random token; the rest stay as they are",
+        at_least=0,
+        at_most=1,
     )
-    whole_word: bool = _option(False, "choose whole words instead of single tokens")
+    whole_word: bool = _option(False, "mask whole words instead of single tokens")
     dense_head: bool = _option(
-        False, "run the LM head on every position, as the reference does (slower, same loss)"
+        False, "run the LM head on every position, as Trainer does (slower, same loss)"
     )
     # ---- The optimization
     epochs: float = _option(2.0, "passes over the training text", above=0, at_most=1e9)
     max_steps: int | None = _option(
-        None, "stop after this many optimizer steps, whatever --epochs says", at_least=1
+        None, "train for this many optimizer steps, whatever --epochs says", at_least=1
     )
     batch_size: int = _option(8, "rows per forward and backward pass", at_least=1)
     eval_batch_size: int = _option(8, "rows per evaluation batch", at_least=1)
     accumulate: int = _option(
-        1, "batches whose gradients are added up to one optimizer step", at_least=1
+        1, "batches whose gradients are accumulated for one optimizer step", at_least=1
     )
     lr: float = _option(
         2e-5, "peak learning rate; 1e-5 to 5e-5 to fine-tune, 1e-4 to 2e-3 from scratch", above=0
     )
     warmup_steps: int = _option(
         0,
-        "steps in which the learning rate rises from 0, before it falls linearly to 0 again",
+        "steps over which the learning rate rises from 0 before it decays linearly to 0",
         at_least=0,
     )
     weight_decay: float = _option(
         0.0,
-        "AdamW's decay of the weight matrices (never of biases and norms); often 0.01 to 0.1",
+        "AdamW's decay of weight matrices (never of biases and norms); often 0.01 to 0.1",
         at_least=0,
     )
-    max_grad_norm: float = _option(
-        1.0, "longest gradient let through; longer is scaled down", above=0
-    )
+    max_grad_norm: float = _option(1.0, "clip the gradient norm to this", above=0)
     seed: int = _option(
         42,
-        "fixes the split, the order, the masks, the dropout and new weights",
+        "random seed of the split, the order, the masks, dropout and new weights",
         at_least=0,
         at_most=2**63 - 2**32,
     )
@@ -124,8 +129,8 @@ class TrainConfig:
     device: str = _option("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...")
     precision: str = _option(
         "auto",
-        "arithmetic of the matrix products; auto: bf16 where the GPU has it, else fp16, fp32 on "
-        "a CPU",
+        "arithmetic of the matrix products; auto: bf16 if the GPU supports it, else fp16; fp32 on "
+        "a CPU; on a GPU, fp32 multiplies in TF32 (10 bits of mantissa)",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")
@@ -133,24 +138,27 @@ class TrainConfig:
     output_dir: str | None = _option(
         None, "directory of the run; default: runs/<recipe>, runs/<recipe>-2, ... (a new one)"
     )
-    log_every: int = _option(10, "steps between log lines", at_least=1)
+    log_every: int = _option(10, "steps between two log lines", at_least=1)
     save_every: int = _option(
-        500, "steps between checkpoints; 0: only at the end and on a signal", at_least=0
+        500, "steps between two checkpoints; 0: only at the end and on a signal", at_least=0
     )
     keep: int = _option(2, "checkpoints to keep", at_least=1)
     eval_every: int = _option(
-        0, "steps between evaluations; 0: at the end of every epoch", at_least=0
+        0, "steps between two evaluations; 0: at the end of every epoch", at_least=0
     )
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(TrainConfig)
         for option in fields(self):
             _check(option.name, getattr(self, option.name), kinds[option.name], option.metadata)
-        if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise UserError(
-                f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
-                f"{self.random_replace_prob} add up to more than 1"
+        try:
+            check_probabilities(
+                self.mlm_probability, self.mask_replace_prob, self.random_replace_prob
             )
+        except ValueError as error:
+            raise UserError(
+                re.sub(r"\w+_prob\w*", lambda name: _flag(name[0]), str(error))
+            ) from error
         if self.output_dir == "":
             raise UserError("--output-dir is empty: name a directory, or leave it out")
         if self.model == BUNDLED and self.init != "scratch":
@@ -162,16 +170,20 @@ class TrainConfig:
 
     def _check_streaming(self) -> None:
         if self.max_steps is None:
-            raise UserError("--streaming needs --max-steps: nobody knows how long a stream is")
+            raise UserError("--streaming needs --max-steps: a stream has no known length")
         if self.grouping != "blocks":
-            raise UserError("--streaming cuts the stream into blocks: use --grouping blocks")
+            raise UserError("--streaming chunks the stream into blocks: use --grouping blocks")
         if self.eval_fraction and not self.eval_file:
-            raise UserError("--streaming holds no text out: evaluate on an --eval-file")
+            raise UserError("--streaming cannot hold text out: evaluate on an --eval-file")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
-    flag = "--" + name.replace("_", "-")
-    # On the command line argparse sees to the types, but run.json may have been edited.
+    flag = _flag(name)
+    # argparse checks the types of flags, but run.json may have been edited.
     if kind is float:
         kind = int | float
     elif get_origin(kind) is tuple:  # isinstance knows tuple, but not tuple[str, ...]
@@ -179,9 +191,9 @@ def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
     if not isinstance(value, kind):
         raise UserError(f"{flag} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{flag} must be a number of 64 bits, got one of {value.bit_length()}")
+        raise UserError(f"{flag} must fit into 64 bits, got {value.bit_length()} bits")
     if isinstance(value, str) and not value.isprintable():
-        raise UserError(f"{flag} holds what is no text: {value!r}")
+        raise UserError(f"{flag} is not printable text: {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag} must be a number, got {value}")
     if "choices" in limits and value not in limits["choices"]:
@@ -207,7 +219,7 @@ BUNDLED_RECIPE = replace(
     init="scratch",
     dataset=BUNDLED,
     split="train",
-    # A row is a sentence or two: what infer.py is asked later looks just like it.
+    # A row is a sentence or two, just like what infer.py is given later.
     grouping="lines",
     block_size=64,
     batch_size=32,
@@ -215,20 +227,21 @@ BUNDLED_RECIPE = replace(
     eval_fraction=0.02,
     mlm_probability=0.25,
     lr=2e-3,
-    weight_decay=0.3,  # with 0.01 the facts are learned too, but tied to the wordings seen
+    weight_decay=0.3,  # with 0.01 the facts are learned too, but tied to the phrasings seen
 )
 
 RECIPES = {config.recipe: config for config in (TUTORIAL, BUNDLED_RECIPE)}
 
 
 def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
-    """The settings of a recipe with those that were named in their place.
+    """Return the settings of `recipe`, overridden by those in `given`.
 
-    Another model or text than the recipe's also drops what the recipe says of its own: a Hub
-    model starts from its weights, a text is read whole, from a column called "text". A stream has
-    no part that could be held out.
+    Replacing the recipe's model or text also drops the settings that belong to it: a Hub model
+    starts from its weights, and a text is read completely, from a column called "text". Nothing can
+    be held out of a stream.
 
-    Raises UserError for contradictions.
+    Raises:
+        UserError: settings that contradict each other.
     """
     if "dataset" in given and "train_file" in given:
         raise UserError("--dataset and --train-file contradict each other: name one")

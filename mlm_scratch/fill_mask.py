@@ -2,19 +2,45 @@
 
     text -> ids -> one forward pass -> the logits at the mask -> softmax -> the k best -> sentences
 
-`fill_mask` returns exactly what the pipeline returns, scores included; `walk_through` shows every
-value on the way, as the second half of the tutorial does.
+`predict` is that computation; `fill_mask` returns what the pipeline returns, scores included.
 """
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.encode import ask, encode, find_masks, find_target_ids
-from mlm_scratch.hf.load import check_no_nan
+from mlm_scratch.hf.checks import check_no_nan
+from mlm_scratch.hf.encode import encode, find_masks, find_target_ids, forward
 from mlm_scratch.util.errors import UserError
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    truncate: bool = False,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Predict the masked tokens of some texts in one forward pass.
+
+    Returns:
+        for each text, on the CPU: its ids (T,); the positions of its M masks (M,); and the
+        probability of every token of the vocabulary at each of them (M, V).
+
+    Raises:
+        UserError: a text without a mask, too long or not UTF-8; damaged weights.
+    """
+    inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
+    logits = forward(model, inputs).cpu()  # (B, T, V)
+    predictions = []
+    for row, text in enumerate(texts):
+        is_token = inputs["attention_mask"][row].bool()  # (T,), false at padding
+        input_ids = inputs["input_ids"][row][is_token]  # (T,), its own T
+        mask_index = find_masks(tokenizer, input_ids, text)  # (M,)
+        probabilities = logits[row][is_token][mask_index].softmax(dim=-1)  # (M, V)
+        check_no_nan(probabilities)
+        predictions.append((input_ids, mask_index, probabilities))
+    return predictions
 
 
 def fill_mask(
@@ -31,23 +57,23 @@ def fill_mask(
 
     Args:
         model: a masked-LM, on any device; run in eval mode and left in the mode it was in.
+        tokenizer: its tokenizer.
         texts: text with one or more of the tokenizer's mask tokens, or a list of such.
-        top_k: fills per mask, the most probable first; no more than there are targets.
-        targets: consider these tokens only. Their scores stay shares of the whole vocabulary.
-        truncate: cut texts that are too long, instead of raising UserError.
-        batch_size: texts in one forward pass. More than one is for models that take no notice of
-            padding (probe.py finds out); it still changes the last digits of the scores.
+        top_k: fills per mask, the most probable first; at most as many as there are targets.
+        targets: consider only these tokens. Their scores are not renormalised.
+        truncate: truncate texts that are too long instead of raising UserError.
+        batch_size: texts per forward pass. Above 1 only for models that ignore padding
+            (hf/checks.py); even then the last digits of the scores change.
 
     Returns:
         for a text with one mask: a list of {"score", "token", "token_str", "sequence"}; with
-        several masks: a list of such lists, one per mask; for several texts: a list of all that.
-        A list of one text gives what the text alone gives.
+        several masks: a list of such lists, one per mask; for several texts: a list of these.
+        A list of one text gives the same as the text alone.
 
     Raises:
-        UserError: a text without a mask or too long for the model; top_k out of range; no usable
-            target.
+        UserError: as in `predict`; top_k out of range; no usable target.
 
-    Source: FillMaskPipeline of transformers, whose output this equals.
+    Source: transformers' FillMaskPipeline, whose output this equals.
     """
     if top_k < 1 or (targets is None and top_k > model.config.vocab_size):
         raise UserError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
@@ -55,15 +81,12 @@ def fill_mask(
     texts = [texts] if isinstance(texts, str) else texts
     fills = []
     for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
-        for input_ids, mask_index, probabilities in predict(model, tokenizer, batch, truncate):
-            fills.append(
-                _fill_one(tokenizer, input_ids, mask_index, probabilities, top_k, target_ids)
-            )
-    return fills[0] if len(fills) == 1 else fills
+        predictions = predict(model, tokenizer, texts[start : start + batch_size], truncate)
+        fills += [_best_fills(tokenizer, *each, top_k, target_ids) for each in predictions]
+    return fills[0] if len(fills) == 1 else fills  # like the pipeline: lists of one are unwrapped
 
 
-def _fill_one(
+def _best_fills(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     mask_index: Tensor,
@@ -71,82 +94,34 @@ def _fill_one(
     top_k: int,
     target_ids: Tensor | None,
 ) -> list:
+    """Turn one prediction, (T,), (M,) and (M, V), into the fills of a text."""
     if target_ids is not None:
         probabilities = probabilities[:, target_ids]  # (M, targets), not renormalised
         top_k = min(top_k, len(target_ids))
     scores, choices = probabilities.topk(top_k)  # (M, k), (M, k)
     tokens = choices if target_ids is None else target_ids[choices]  # (M, k)
-
-    fills = []
-    for index, mask_scores, mask_fills in zip(
-        mask_index.tolist(), scores.tolist(), tokens.tolist(), strict=True
-    ):
-        fills.append(
-            [
-                {
-                    "score": score,
-                    "token": token,
-                    "token_str": tokenizer.decode([token]),
-                    "sequence": fill_in(tokenizer, input_ids, index, token),
-                }
-                for score, token in zip(mask_scores, mask_fills, strict=True)
-            ]
-        )
+    of_masks = zip(mask_index.tolist(), scores.tolist(), tokens.tolist(), strict=True)
+    fills = [
+        [
+            {
+                "score": score,
+                "token": token,
+                "token_str": tokenizer.decode([token]),
+                "sequence": fill_in(tokenizer, input_ids, index, token),
+            }
+            for score, token in zip(mask_scores, mask_choices, strict=True)
+        ]
+        for index, mask_scores, mask_choices in of_masks
+    ]
     return fills[0] if len(fills) == 1 else fills
 
 
 def fill_in(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, index: int, token: int) -> str:
-    """The sentence of input_ids, (T,), with `token` at `index`."""
+    """Decode input_ids, (T,), with `token` at `index`."""
     filled = input_ids.clone()  # (T,)
     filled[index] = token
     if tokenizer.pad_token_id is not None:
         filled = filled[filled != tokenizer.pad_token_id]
-    # The other masks are to be seen, and as special tokens they go only with <s> and </s>.
+    # Several masks: keep special tokens, as the pipeline does; the unfilled masks are special too.
     one_mask = (input_ids == tokenizer.mask_token_id).sum() == 1
     return str(tokenizer.decode(filled, skip_special_tokens=bool(one_mask)))
-
-
-@torch.no_grad()
-def predict(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    truncate: bool = False,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """One forward pass over some texts. For each: its ids (T,), where its M masks are (M,), and the
-    probability of every token of the vocabulary at each of them (M, V). All on the CPU.
-
-    Raises UserError for a text without a mask, too long or not UTF-8, and for damaged weights.
-    """
-    inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
-    logits = ask(model, inputs).cpu()  # (B, T, V)
-    predictions = []
-    for number, text in enumerate(texts):
-        is_token = inputs["attention_mask"][number].bool()  # (T,), false at padding
-        input_ids = inputs["input_ids"][number][is_token]  # (T,), its own
-        mask_index = find_masks(tokenizer, input_ids, text)  # (M,)
-        probabilities = logits[number][is_token][mask_index].softmax(dim=-1)  # (M, V)
-        check_no_nan(probabilities)
-        predictions.append((input_ids, mask_index, probabilities))
-    return predictions
-
-
-def walk_through(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    top_k: int = 5,
-    truncate: bool = False,
-) -> Iterable[str]:
-    """Yield the lines of the same computation step by step, with the values on the way."""
-    # (T,), (M,), (M, V)
-    ((input_ids, mask_index, probabilities),) = predict(model, tokenizer, [text], truncate)
-    yield f"input_ids   {input_ids.tolist()}"
-    yield f"tokens      {tokenizer.convert_ids_to_tokens(input_ids.tolist())}"
-    yield f"mask index  {mask_index.tolist()}"
-    yield f"softmax     {tuple(probabilities.shape)}: for each mask, a probability per token"
-    for index, row in zip(mask_index.tolist(), probabilities, strict=True):
-        scores, tokens = row.topk(min(top_k, len(row)))  # (k,), (k,)
-        yield f"top {top_k} at {index}  {tokens.tolist()}"
-        for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
-            yield f"  {score:<9.4g} {fill_in(tokenizer, input_ids, index, token)}"

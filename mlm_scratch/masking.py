@@ -1,23 +1,24 @@
-"""Which tokens to hide, and what to put in their place: the "masked" in masked language modelling.
+"""Which tokens to hide and what to put there: the "masked" in masked language modelling.
 
     input_ids:  <s>  The  Milky  Way   is    a  spiral  galaxy  .  </s>
-    chosen:                       x               x                       15 % of the tokens
-    model sees: <s>  The  Milky <mask> is    a  spiral  galaxy  .  </s>   (here: mask, keep)
+    selected:                     x               x                       15 % of the tokens
+    model sees: <s>  The  Milky <mask> is    a  spiral  galaxy  .  </s>   (Way: mask, spiral: keep)
     labels:    -100 -100  -100   Way  -100 -100 spiral  -100  -100 -100
 
-Of the chosen tokens 80 % become the mask token, 10 % a random token and 10 % stay. The mask token
-never occurs when the model is used for anything else; if only masks had to be predicted, nothing
-would make the model remember, at a visible token, what stands there. So each visible token may be a
-wrong one or be asked for, and every position must keep a good idea of what belongs there (Devlin et
-al. 2019, BERT, section 3.1 and appendix C.2). The other files call all chosen tokens masked tokens,
-as the literature does.
+Of the selected tokens 80 % become the mask token, 10 % a random token, and 10 % stay as they are.
+`<mask>` never occurs downstream. Trained on masks alone, the model need not encode the tokens that
+it can see; with 10 % random and 10 % unchanged, any visible token may be wrong or be a target
+(Devlin et al. 2019, BERT, section 3.1 and appendix C.2). Everywhere else "masked tokens" means all
+selected tokens, whatever the model sees in their place, as in the literature.
 
-The reference is `DataCollatorForLanguageModeling` of transformers: with the same generator the
-result here is the same bit for bit (tests/test_masking.py).
+Given the same generator, the result equals that of transformers' `DataCollatorForLanguageModeling`
+bit for bit (tests/test_masking.py).
 """
 
 import torch
 from torch import Tensor
+
+from mlm_scratch.util.probabilities import check_probabilities
 
 IGNORE = -100  # the label that torch's cross_entropy skips (its default ignore_index)
 
@@ -34,61 +35,65 @@ def mask_tokens(
     word_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hide a random part of the tokens and say what the model has to predict.
+    """Mask a random subset of the tokens, and label them with the ids that the model must predict.
 
     Args:
         input_ids: (B, T) token ids. Not changed.
-        special_tokens_mask: (B, T), true (or 1) where a token must never be chosen.
+        special_tokens_mask: (B, T), true (or 1) where a token must never be selected.
         mask_token_id: id of the tokenizer's mask token.
-        vocab_size: random tokens are drawn from 0 ... vocab_size - 1.
-        mlm_probability: share of the tokens to choose, 0 to 1.
-        mask_replace_prob: share of the chosen tokens that become the mask token, 0 to 1.
-        random_replace_prob: share of the chosen tokens that become a random one; the rest stay.
+        vocab_size: random tokens are drawn from 0 ... vocab_size - 1, special ones included.
+        mlm_probability: share of the tokens to select, 0 to 1.
+        mask_replace_prob: share of the selected tokens that become the mask token, 0 to 1.
+        random_replace_prob: share of the selected tokens that become a random one; the rest stay.
         word_ids: (B, T), equal for neighbouring tokens of one word, -1 outside words. If given,
-            words are chosen instead of tokens, and all tokens of a word meet the same fate.
+            words are selected instead of tokens, and all tokens of a word are masked, replaced or
+            kept together.
         generator: source of all randomness (a CPU generator for CPU tensors); None: torch's own.
 
     Returns:
         (input_ids, labels), both (B, T) and new: what the model sees, and the original id at every
-        chosen position, -100 elsewhere.
+        selected position, -100 elsewhere.
 
     Raises:
         ValueError: a probability outside 0 to 1, or two that add up to more than 1.
 
-    Source: DataCollatorForLanguageModeling.torch_mask_tokens; the four draws below have its shapes
-    and come in its order. It handles whole words with the mask token only.
+    Source: DataCollatorForLanguageModeling.torch_mask_tokens (whole words: mask token only).
     """
-    _check_probabilities(mlm_probability, mask_replace_prob, random_replace_prob)
-    never = special_tokens_mask.bool()  # (B, T)
-    if word_ids is not None:
-        never = never | (word_ids == -1)  # (B, T)
-        first_of_word = _first_of_word(word_ids.masked_fill(never, -1))  # (B, T) columns
+    check_probabilities(mlm_probability, mask_replace_prob, random_replace_prob)
+    protected = special_tokens_mask.bool()  # (B, T)
+    if word_ids is not None:  # whole words: skip at first
+        protected = protected | (word_ids == -1)  # (B, T)
+        first_of_word = _first_of_word(word_ids.masked_fill(protected, -1))  # (B, T) indices
 
-    def toss(probability: float) -> Tensor:
-        """A biased coin for each position; with whole words, that of the word's first token."""
-        biases = torch.full(input_ids.shape, float(probability), device=input_ids.device)  # (B, T)
-        heads = torch.empty_like(biases, dtype=torch.bool)  # (B, T)
-        heads.bernoulli_(biases, generator=generator)
-        return heads if word_ids is None else heads.gather(1, first_of_word)  # (B, T)
+    def draw(probability: float) -> Tensor:
+        """Draw true or false for each position; for whole words, the draw of the first token."""
+        probs = torch.full(input_ids.shape, float(probability), device=input_ids.device)  # (B, T)
+        drawn = torch.empty_like(probs, dtype=torch.bool)  # (B, T)
+        drawn.bernoulli_(probs, generator=generator)
+        return drawn if word_ids is None else drawn.gather(1, first_of_word)  # (B, T)
 
     # Draw 1: which tokens the model has to predict.
-    chosen = toss(mlm_probability) & ~never  # (B, T)
-    labels = torch.where(chosen, input_ids, IGNORE)  # (B, T)
+    selected = draw(mlm_probability) & ~protected  # (B, T)
+    labels = torch.where(selected, input_ids, IGNORE)  # (B, T)
 
-    # Draw 2: which of those become the mask token.
-    masked = toss(mask_replace_prob) & chosen  # (B, T)
+    # Draw 2: which of those become the mask token. Drawn for every position, then restricted to
+    # the selected: same number of draws as Hugging Face, hence bit-identical.
+    masked = draw(mask_replace_prob) & selected  # (B, T)
     input_ids = input_ids.masked_fill(masked, mask_token_id)  # (B, T)
     if mask_replace_prob == 1 or random_replace_prob == 0:
-        return input_ids, labels  # without draws 3 and 4, as in the reference
+        return input_ids, labels  # the collator skips draws 3 and 4 here, too
 
-    # Draws 3 and 4: which of the others become a random token, and which one. "10 % of all chosen"
-    # is half of the 20 % left over.
+    # Draws 3 and 4: which of the others become a random token, and which one. "10 % of the
+    # selected" is half of the 20 % that are left.
     share_of_rest = random_replace_prob / (1 - mask_replace_prob)
-    randomized = toss(share_of_rest) & chosen & ~masked  # (B, T)
+    randomized = draw(share_of_rest) & selected & ~masked  # (B, T)
     random_ids = torch.randint(  # (B, T)
         vocab_size, input_ids.shape, generator=generator, device=input_ids.device
     )
     return torch.where(randomized, random_ids, input_ids), labels
+
+
+# ---- Whole words (skip at first) -----------------------------------------------------------------
 
 
 def word_ids_from_gaps(gap_before: Tensor, special_tokens_mask: Tensor) -> Tensor:
@@ -98,10 +103,11 @@ def word_ids_from_gaps(gap_before: Tensor, special_tokens_mask: Tensor) -> Tenso
         gap_before: (B, T) bool, true where the text has a gap before the token.
         special_tokens_mask: (B, T) bool.
 
-    Returns: (B, T) int64 word numbers counted from 1; -1 at special tokens.
+    Returns:
+        (B, T) int64 word numbers counted from 1; -1 at special tokens.
 
-    Source: DataCollatorForLanguageModeling._calc_word_ids_and_prob_mask, which counts a token as
-    the first of a word after a gap, after a special token and at the start of a row.
+    Source: DataCollatorForLanguageModeling._calc_word_ids_and_prob_mask: a word starts after a
+    gap, after a special token and at the start of a row.
     """
     new_word = gap_before.clone()  # (B, T)
     new_word[:, 0] = True
@@ -111,22 +117,8 @@ def word_ids_from_gaps(gap_before: Tensor, special_tokens_mask: Tensor) -> Tenso
 
 
 def _first_of_word(word_ids: Tensor) -> Tensor:
-    """(B, T): the column at which the word of each position starts (anything where id is -1)."""
+    """(B, T): the column where the word of each position starts (meaningless where id is -1)."""
     starts = torch.ones_like(word_ids, dtype=torch.bool)  # (B, T)
     starts[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
     columns = torch.arange(word_ids.shape[1], device=word_ids.device)  # (T,)
     return torch.where(starts, columns, 0).cummax(dim=1).values  # (B, T)
-
-
-def _check_probabilities(mlm: float, mask: float, random: float) -> None:
-    for name, value in (
-        ("mlm_probability", mlm),
-        ("mask_replace_prob", mask),
-        ("random_replace_prob", random),
-    ):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1, got {value}")
-    if mask + random > 1:
-        raise ValueError(
-            f"mask_replace_prob {mask} and random_replace_prob {random} add up to more than 1"
-        )

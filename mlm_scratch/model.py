@@ -1,11 +1,21 @@
-"""The masked-LM loss, with the head on masked positions only.
+"""The masked-LM loss, and the head on masked positions only ("sparse prediction").
 
-An encoder turns (B, T) ids into (B, T, H) hidden states; the LM head turns each hidden state into V
-scores, one per vocabulary entry. Only the masked positions have a label, about 15 %, so only there
-the head has to run: with V = 50,265 it is nearly half of all arithmetic of a distilroberta step.
+The plain loss takes two lines:
+
+    logits = model(input_ids, attention_mask).logits  # (B, T, V)
+    loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+The LM head turns each hidden state, H numbers, into V logits, one per token of the vocabulary. Here
+it does so at all B * T positions, though only the N masked ones, about 15 %, have a label. With
+V = 50,265 the head is nearly half of all arithmetic in a distilroberta step. On masked positions
+only, given as indices into the flattened batch, the loss is the same up to rounding:
+
+    hidden = encoder(input_ids, attention_mask)  # (B, T, H)
+    logits = head(hidden.flatten(0, 1)[positions])  # (N, V)
+    loss = cross_entropy(logits, labels.flatten()[positions])
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -13,33 +23,42 @@ from transformers import PreTrainedModel
 
 from mlm_scratch.masking import IGNORE
 
+if TYPE_CHECKING:  # for annotations only: loader.py is above this file
+    from mlm_scratch.loader import Batch
+
 
 class MaskedLM(nn.Module):
-    """A *ForMaskedLM model whose head runs on chosen positions only.
+    """A *ForMaskedLM model of transformers whose head runs on masked positions only.
 
-    Nearly every such model is an encoder and a head that treats each position by itself (probe.py
-    tries whether this one is). A hook on the encoder's output keeps the hidden states at the chosen
-    positions, (B, T, H) -> (1, N, H), and the model's own head, whatever it is called, sees one row
-    of N instead of B rows of T.
+    Nearly every such model is an encoder and a head that treats each position by itself
+    (hf/checks.py runs a small batch to see whether this one is). A hook on the encoder's output
+    keeps the hidden states at the masked positions, (B, T, H) -> (1, N, H), and the model's own
+    head, whatever it is called, sees one row of N positions instead of B rows of T.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, hf_model: PreTrainedModel):
         super().__init__()
-        self.model = model
+        self.hf_model = hf_model
         self.positions: Tensor | None = None  # (N,), set during a forward pass
-        self.hook = model.base_model.register_forward_hook(self._keep_positions)
-        self.train(model.training)  # a new module starts in train mode
+        hf_model.base_model.register_forward_hook(self._keep_positions)
+        self.train(hf_model.training)  # a new module starts in train mode
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
     ) -> Tensor:
-        """The logits at `positions`, (N,) indices into the flattened batch: (N, V).
+        """Compute the logits at masked positions.
 
-        With positions None the head runs everywhere: (B * T, V).
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), or None where nothing is padded.
+            positions: (N,) indices into the flattened batch; None: all positions.
+
+        Returns:
+            (N, V); with positions None (B * T, V).
         """
         self.positions = positions
         try:
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             self.positions = None
         return logits.flatten(0, 1)  # (1, N, V) or (B, T, V) -> (N, V) or (B * T, V)
@@ -51,62 +70,33 @@ class MaskedLM(nn.Module):
         return output
 
 
-def masked_lm_loss(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
-    *,
-    positions: Tensor | None = None,
-    dense: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy over the masked tokens of a batch, and their number.
+def masked_lm_loss(model: nn.Module, batch: "Batch") -> Tensor:
+    """Sum the cross-entropy over the masked tokens of a batch.
 
     Args:
-        model: a MaskedLM (also in DistributedDataParallel), or the AutoModelForMaskedLM to put into
-            one for this call.
-        input_ids, attention_mask: (B, T); a mask of None: nothing is padded.
-        labels: (B, T), the id to predict, -100 where there is none.
-        positions: (N,) indices in the flattened batch of all masked tokens, if known; more do no
-            harm. Looking for them in labels on a GPU makes the CPU wait.
-        dense: run the head on all B * T positions, as the reference does.
+        model: a MaskedLM, or one wrapped in DistributedDataParallel.
+        batch: with positions None the head runs on all positions, as in Trainer.
 
     Returns:
-        (loss_sum, n_masked), two scalar tensors: nats, and tokens. A sum, so that batches can be
-        added up and divided once by the number of tokens in all of them.
+        () in nats: a sum, so that the batches of a step can be added up and divided once, by the
+        number of masked tokens in all of them.
 
-    Source: the loss of transformers' *ForMaskedLM models, which is this sum over this number.
+    Source: the loss of transformers' *ForMaskedLM models is this sum divided by that number.
     """
-    if isinstance(model, PreTrainedModel):
-        wrapped = MaskedLM(model)
-        try:
-            return masked_lm_loss(
-                wrapped, input_ids, attention_mask, labels, positions=positions, dense=dense
-            )
-        finally:
-            wrapped.hook.remove()
-    logits, labels = masked_lm_logits(model, input_ids, attention_mask, labels, positions, dense)
-    # In fp32 under autocast too: a sum over 50,265 exponentials does not fit half precision.
-    loss_sum = cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORE)
-    return loss_sum, (labels != IGNORE).sum()
+    logits, labels = masked_lm_logits(model, batch)  # (N, V), (N,)
+    return cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)  # ()
 
 
-def masked_lm_logits(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
-    positions: Tensor | None,
-    dense: bool,
-) -> tuple[Tensor, Tensor]:
-    """What a MaskedLM thinks of the masked tokens, and what they are; arguments as above.
+def masked_lm_logits(model: nn.Module, batch: "Batch") -> tuple[Tensor, Tensor]:
+    """Compute the logits at the masked positions, and their labels.
 
     Returns:
-        (logits, labels), (N, V) and (N,); with `dense` N is B * T, and labels has its -100.
+        (logits, labels), (N, V) and (N,); with positions None N is B * T, and most labels are
+        -100.
     """
-    labels = labels.flatten()  # (B * T,)
-    if dense:
-        return model(input_ids, attention_mask, None), labels  # (B * T, V), (B * T,)
-    if positions is None:
-        positions = (labels != IGNORE).nonzero().squeeze(1)  # (N,)
-    return model(input_ids, attention_mask, positions), labels[positions]  # (N, V), (N,)
+    logits = model(batch.input_ids, batch.attention_mask, batch.positions)  # (N, V)
+    labels = batch.labels.flatten()  # (B * T,)
+    if batch.positions is not None:
+        labels = labels[batch.positions]  # (N,)
+    # The loss sums V exponentials: too many for the few digits of half precision.
+    return logits.float(), labels

@@ -1,4 +1,4 @@
-"""Which device, and in which arithmetic: one code path for fp32, fp16 and bf16."""
+"""Which device, which arithmetic: one code path for fp32, fp16 and bf16."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Precision:
-    """Weights stay fp32; matrix products run in `dtype` where that is half precision."""
+    """A device, and the dtype of the matrix products on it. Weights stay fp32."""
 
     device: torch.device
     dtype: torch.dtype
 
     def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass; does nothing in fp32."""
+        """Return the context of a forward pass: matrix products in half precision, none in fp32."""
         half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss up before backward so that small fp16 gradients do not become 0.
+        """Return a scaler that scales the loss up, so that small fp16 gradients do not underflow.
 
-        bf16 has the range of fp32 and needs none: a disabled scaler hands everything through.
+        bf16 has the range of fp32 and needs none: a disabled scaler passes everything through.
         """
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -36,9 +36,10 @@ class Precision:
 
 
 def choose_precision(device_name: str, precision: str) -> Precision:
-    """Resolve "auto" for both. Of several processes on a machine each has a GPU of its own.
+    """Resolve "auto" for both. Each rank on a node has its own GPU.
 
-    Raises UserError for a device that is not there.
+    Raises:
+        UserError: the device does not exist or cannot be used.
     """
     launch = this_launch()
     if device_name == "auto":
@@ -46,18 +47,18 @@ def choose_precision(device_name: str, precision: str) -> Precision:
     if device_name == "cuda":
         device_name = f"cuda:{launch.local_rank}"
     elif launch.size > 1 and device_name.startswith("cuda"):
-        raise UserError(f"--device {device_name}: several processes cannot share one GPU: say cuda")
+        raise UserError(f"--device {device_name}: several processes cannot share one GPU: use cuda")
     try:
         device = torch.device(device_name)
         if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda can")
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {device_name} cannot be used: {str(error).splitlines()[0]}"
         ) from error
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where NCCL and new tensors go
+        torch.cuda.set_device(device)  # the GPU that NCCL and new tensors use
     if precision == "auto":
         if device.type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

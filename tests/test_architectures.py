@@ -1,7 +1,7 @@
 """Every family of masked-language models: head on masked positions, evaluation and fills.
 
-Random weights, real classes. The dense head, which is the model's own forward pass, and the
-pipeline are the oracles.
+Real classes, random weights, compared with the dense head, which is the model's own forward pass,
+and with the pipeline.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.checks import ignores_padding, sparse_head_works, unused_parameters
 from mlm_scratch.model import MaskedLM, masked_lm_loss
 from mlm_scratch.precision import Precision
-from tests.support.tiny import SENTENCES, byte_level_tokenizer
+from tests.support.tiny import SENTENCES, batch_of, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 BERT_LIKE = {
@@ -124,14 +124,13 @@ def batch():
 
 
 def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
-    net = MaskedLM(model)
-    assert sparse_head_works(net)
+    masked_lm = MaskedLM(model)
+    assert sparse_head_works(masked_lm)
     losses, gradients = [], []
     for dense in (True, False):
         model.zero_grad()
-        loss_sum, n_masked = masked_lm_loss(net, *batch(), dense=dense)
+        loss_sum = masked_lm_loss(masked_lm, batch_of(*batch(), dense=dense))
         loss_sum.backward()
-        assert n_masked == 6
         losses.append(loss_sum.item())
         gradients.append(
             {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -146,37 +145,26 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
-def test_the_parameters_that_the_loss_never_reaches_are_known(model):
+def test_parameters_that_the_loss_never_reaches_are_listed(model):
     """DistributedDataParallel would wait for their gradients."""
-    unused = unused_parameters(MaskedLM(model))
+    masked_lm = MaskedLM(model)
+    unused = unused_parameters(masked_lm)
     assert all(parameter.grad is None for parameter in model.parameters())
-    masked_lm_loss(model, *batch())[0].backward()
+    masked_lm_loss(masked_lm, batch_of(*batch(), dense=False)).backward()
     without = [parameter for parameter in model.parameters() if parameter.grad is None]
     assert list(map(id, unused)) == list(map(id, without))
 
 
-def test_a_model_that_is_tried_stays_as_it_is():
-    """BigBird leaves sparse attention for good when it is given a short row."""
-    config = transformers.BigBirdConfig(vocab_size=len(TOKENIZER), pad_token_id=1, **BERT_LIKE)
-    model = AutoModelForMaskedLM.from_config(config)
-    net = MaskedLM(model)
-    assert sparse_head_works(net) and ignores_padding(model, TOKENIZER)
-    unused_parameters(net)
-    assert model.bert.attention_type == "block_sparse"
-    model(input_ids=torch.arange(8)[None])
-    assert model.bert.attention_type == "original_full"
-
-
-def test_a_mask_of_ones_says_no_more_than_none(model):
-    input_ids, _, labels = batch()
+def test_an_attention_mask_of_ones_equals_none(model):
+    masked_lm, (input_ids, _, labels) = MaskedLM(model), batch()
     sums = [
-        masked_lm_loss(model, input_ids[:1], mask, labels[:1])[0].item()
+        masked_lm_loss(masked_lm, batch_of(input_ids[:1], mask, labels[:1], dense=False)).item()
         for mask in (None, torch.ones_like(input_ids[:1]))
     ]
     assert sums[0] == sums[1]
 
 
-def test_evaluation_with_either_head_is_the_same(model):
+def test_evaluation_is_the_same_with_either_head(model):
     encoding = TOKENIZER(SENTENCES, truncation=True, max_length=24)["input_ids"]
     rows = TokenRows(
         np.concatenate(encoding).astype(np.uint16), np.cumsum([0, *map(len, encoding)])
@@ -194,12 +182,12 @@ def test_evaluation_with_either_head_is_the_same(model):
 @pytest.mark.parametrize(
     "text", ["The Milky Way is a <mask> galaxy.", "<mask> is the capital of <mask>."]
 )
-def test_fills_are_the_pipelines(model, text):
-    reference = FillMaskPipeline(model=model, tokenizer=TOKENIZER)
-    assert fill_mask(model, TOKENIZER, text) == reference(text)
+def test_fills_equal_the_pipelines(model, text):
+    pipeline = FillMaskPipeline(model=model, tokenizer=TOKENIZER)
+    assert fill_mask(model, TOKENIZER, text) == pipeline(text)
 
 
-def test_a_batch_has_the_fills_of_each_text_by_itself(model):
+def test_a_batch_has_the_fills_of_its_single_texts(model):
     texts = ["A <mask> galaxy.", "The Milky Way is a spiral <mask> and Paris is a capital."]
     together = fill_mask(model, TOKENIZER, texts, top_k=1, batch_size=2)
     alone = fill_mask(model, TOKENIZER, texts, top_k=1)

@@ -1,4 +1,4 @@
-"""Whatever a user may get wrong: one line that says what, exit code 2, and nothing half made."""
+"""Mistakes of a user: one line that says what is wrong, exit code 2, nothing left half-made."""
 
 import gzip
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,14 +18,14 @@ from transformers import (
 import infer
 import train
 from mlm_scratch.hf.small_modernbert import train_tokenizer
-from tests.support.tiny import SENTENCES, byte_level_tokenizer, save_roberta
+from tests.support.tiny import NUMBERED, bert_config, byte_level_tokenizer, save_roberta
 
-TEXT = "\n".join(f"{i}: {sentence}" for i in range(8) for sentence in SENTENCES)
+TEXT = "\n".join(NUMBERED)
 MILKY_WAY = "The Milky Way is a <mask> galaxy."
 
 
 class Payload:
-    """Leaves a file behind if it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("unpickled"),)
@@ -34,7 +33,7 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A directory of models: one good, the others not."""
+    """A directory of models: one is good, the others are not."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
     save_roberta(root / "good")
@@ -74,14 +73,7 @@ def models(tmp_path_factory):
     save_roberta(root / "large-vocabulary", vocab_size=300)
     (root / "large-vocabulary" / "tokenizer.json").unlink()
     train_tokenizer([TEXT], vocab_size=400).save_pretrained(root / "large-vocabulary")
-    small = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "vocab_size": len(tokenizer),
-    }
-    BertModel(BertConfig(**small)).save_pretrained(root / "no-head")
+    BertModel(bert_config(vocab_size=len(tokenizer))).save_pretrained(root / "no-head")
     tokenizer.save_pretrained(root / "no-head")
     GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer))
@@ -125,7 +117,7 @@ def write_files():
     Path("short.parquet.gz").write_bytes(packed[:-20])
 
 
-# What comes after a command line that would do.
+# What follows flags that would work.
 FLAGS = [
     (["--recipe", "tutorials"], "invalid choice: 'tutorials'"),
     (["--init", "random"], "invalid choice: 'random'"),
@@ -172,11 +164,11 @@ FLAGS = [
     (["--output-dir", "a_file"], "a_file is not a directory"),
     (["--output-dir", "a_file/run"], "cannot make the run directory"),
     (["--output-dir", "x" * 300], "--output-dir cannot be used: File name too long"),
-    (["--output-dir", "a\udcff"], "--output-dir holds what is no text"),
-    (["--max-steps", 10**30], "--max-steps must be a number of 64 bits"),
+    (["--output-dir", "a\udcff"], "--output-dir is not printable text"),
+    (["--max-steps", 10**30], "--max-steps must fit into 64 bits"),
     (["--epochs", "1e308"], "--epochs must be at most"),
     (["--output-dir", ""], "--output-dir is empty"),
-    (["--output-dir", "foreign"], "foreign holds models that are not of a run"),
+    (["--output-dir", "foreign"], "foreign holds models that are not from a run"),
     (["--output-dir", "a_run"], "a_run already holds a run: add --resume"),
     (["--output-dir", "a_run", "--resume"], "run.json cannot be read"),
     (["--resume"], "there is no run in"),
@@ -248,7 +240,7 @@ TEXTS = [
     ([MILKY_WAY, "--device", "abacus"], "--device abacus cannot be used"),
     ([MILKY_WAY, "--targets", ""], "none of the targets"),
     ([MILKY_WAY, "--targets", "\udcff"], "the target '\\udcff' is not UTF-8"),
-    (["--targets", "is", MILKY_WAY], "no text: it has to come before --targets"),
+    (["--targets", "is", MILKY_WAY], "no text: put it before --targets"),
     ([MILKY_WAY, "--model", ""], "cannot load a tokenizer from"),
     ([MILKY_WAY, "--json", "--model"], "--model: expected one argument"),
 ]
@@ -270,7 +262,7 @@ CASES = [
         for c in CASES
     ],
 )
-def test_one_line_exit_code_2_and_nothing_half_made(
+def test_mistakes_are_reported_in_one_line_and_leave_nothing(
     models, call, model, file, module, arguments, message
 ):
     write_files()
@@ -284,43 +276,31 @@ def test_one_line_exit_code_2_and_nothing_half_made(
     assert len(errors) == 1 and message in errors[0], err
     assert err.rstrip().endswith(errors[0]) and "Traceback" not in err
     assert module is train or out == ""
-    assert sorted(Path().rglob("*")) == before  # nothing half made, nothing run
+    assert sorted(Path().rglob("*")) == before  # nothing half-made, nothing run
 
 
 @pytest.mark.parametrize("file", [name for name, _ in FILES])
-def test_a_bad_file_that_is_streamed_is_one_line(models, call, file):
+def test_a_bad_file_is_reported_in_one_line_when_streamed(models, call, file):
     write_files()
-    code, _, err = call(
-        train,
-        "--model",
-        models / "good",
-        "--train-file",
-        file,
-        "--streaming",
-        "--max-steps",
-        99,
-        "--block-size",
-        16,
-        "--device",
-        "cpu",
-    )
+    basic = ["--model", models / "good", "--train-file", file, "--block-size", 16]
+    code, _, err = call(train, *basic, "--device", "cpu", "--streaming", "--max-steps", 99)
     errors = [line for line in re.split(r"[\r\n]+", err) if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and "Traceback" not in err, err
 
 
 def test_a_line_of_50_megabytes_is_a_document_like_any_other(models, call):
-    """Alone it cannot be split; with nothing held out it is trained on."""
+    """A single document cannot be split; the error shows that it was read."""
     Path("long.jsonl").write_text(json.dumps({"text": "Water boils. " * 4_000_000}))
     basic = ["--model", models / "good", "--train-file", "long.jsonl", "--device", "cpu"]
     code, _, err = call(train, *basic, "--block-size", 16)
     assert code == 2 and "none can be held out" in err.splitlines()[-1]
 
 
-def test_an_unforeseen_error_keeps_its_traceback(models, call, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(models, call, monkeypatch):
     def broken(*args):
-        raise ZeroDivisionError("a fault of ours")
+        raise ZeroDivisionError("our bug")
 
-    monkeypatch.setattr("mlm_scratch.loop.run_steps", broken)
+    monkeypatch.setattr("mlm_scratch.run.session.run_steps", broken)
     Path("good.txt").write_text(TEXT)
-    with pytest.raises(ZeroDivisionError, match="a fault of ours"):
+    with pytest.raises(ZeroDivisionError, match="our bug"):
         call(train, "--model", models / "good", "--train-file", "good.txt", "--block-size", 16)

@@ -1,8 +1,7 @@
-"""The two command lines, as a user calls them."""
+"""train.py and infer.py, as a user calls them."""
 
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,30 +13,18 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, FillMaskPipeline, 
 
 import infer
 import train
+from tests.support.processes import ROOT
+from tests.support.tiny import small_flags
 
-ROOT = Path(__file__).parent.parent
 MILKY_WAY = "The Milky Way is a <mask> galaxy."
 
 
-def basic(files):
-    return [
-        "--model",
-        files / "model",
-        "--train-file",
-        files / "a.txt",
-        "--block-size",
-        16,
-        "--device",
-        "cpu",
-    ]
-
-
 def test_train_then_fill(files, call):
-    code, out, _ = call(train, *basic(files), "--epochs", 2)
+    code, out, _ = call(train, *small_flags(files), "--epochs", 2)
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith("recipe tutorial: ")
-    assert lines[-1].strip() == f'python infer.py "{MILKY_WAY}"'  # what it says works as it stands:
+    assert lines[-1].strip() == f'python infer.py "{MILKY_WAY}"'  # the command works as printed:
     code, out, _ = call(infer, MILKY_WAY)
     assert code == 0
     assert "step by step" in out
@@ -68,14 +55,14 @@ def test_train_then_fill(files, call):
 def test_json_is_what_the_pipeline_returns(files, call, arguments, texts, options):
     code, out, _ = call(infer, "--model", files / "model", "--json", *arguments)
     assert code == 0
-    reference = FillMaskPipeline(
+    fill_masks = FillMaskPipeline(
         model=AutoModelForMaskedLM.from_pretrained(files / "model"),
         tokenizer=AutoTokenizer.from_pretrained(files / "model"),
     )
-    assert json.loads(out) == reference(texts, **options)
+    assert json.loads(out) == fill_masks(texts, **options)
 
 
-def test_weights_saved_in_half_precision_fill_as_the_pipeline_does(files, call):
+def test_fills_of_half_precision_weights_equal_the_pipelines(files, call):
     model = AutoModelForMaskedLM.from_pretrained(files / "model", dtype=torch.float16)
     model.save_pretrained("half")
     AutoTokenizer.from_pretrained(files / "model").save_pretrained("half")
@@ -90,41 +77,47 @@ def test_texts_from_standard_input(files, call):
 
 
 def test_resume_takes_the_settings_of_the_run(files, call):
-    call(train, *basic(files), "--max-steps", 4, "--save-every", 2, "--seed", 5)
+    call(train, *small_flags(files), "--max-steps", 4, "--save-every", 2, "--seed", 5)
     code, out, _ = call(train, "--resume", "--max-steps", 8)
     assert code == 0 and "steps 4 to 8" in out
     saved = json.loads(Path("runs/latest/run.json").read_text())["config"]
     assert saved["seed"] == 5 and saved["max_steps"] == 8
-    code, out, _ = call(train, *basic(files), "--resume", "--max-steps", 9)  # the same line again
+    code, out, _ = call(
+        train, *small_flags(files), "--resume", "--max-steps", 9
+    )  # the same flags again
     assert code == 0 and "steps 8 to 9" in out
     code, _, err = call(train, "--resume", "--seed", 6)
     assert code == 2 and "begun with seed 5, not 6" in err
 
 
-def test_infer_with_few_targets_and_with_a_reader_that_leaves(files, call):
+def test_infer_with_fewer_targets_than_top_k(files, call):
     code, out, _ = call(
         infer, "--model", files / "model", "--top-k", 500, MILKY_WAY, "--targets", "is", "the"
     )
     assert code == 0 and out.count("' is'") == out.count("' the'") == 1
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_infer_quietly(files):
     command = [sys.executable, ROOT / "infer.py", "--model", files / "model", *[MILKY_WAY] * 300]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait() == 141
-    assert not re.sub(r".*[0-9]+/300 .*", "", err).strip()  # but for the progress bar
+    assert not re.sub(r".*[0-9]+/300 .*", "", err).strip()  # except for the progress bar
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_an_output_that_cannot_be_written_is_one_line(files, call, monkeypatch):
+def test_output_that_cannot_be_written_is_reported_in_one_line(files, call, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         code, _, err = call(infer, "--json", "--model", files / "model", MILKY_WAY)
     assert code == 2 and err == "error: cannot write the output: No space left on device\n"
 
 
-def test_weights_that_are_lost_are_no_result(files, call):
-    code, _, err = call(train, *basic(files), "--max-steps", 1, "--weight-decay", 1e308)
+def test_weights_that_are_not_finite_are_not_saved(files, call):
+    code, _, err = call(train, *small_flags(files), "--max-steps", 1, "--weight-decay", 1e308)
     assert code == 2 and "there is no model to save" in err.splitlines()[-1]
     assert not Path("runs/tutorial/model").exists()
 
@@ -134,37 +127,30 @@ def test_infer_without_any_run(call):
     assert code == 2 and "there is no trained model yet" in err
 
 
-def test_help_of_both_is_there_at_once():
+def test_help_imports_no_heavy_library():
     for script in ("train.py", "infer.py"):
-        heavy = (
+        code = (
             "import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "except SystemExit: pass\n"
             "sys.exit(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
         )
         result = subprocess.run(
-            [sys.executable, "-c", heavy, script], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-c", code, script], capture_output=True, text=True, cwd=ROOT
         )
         assert result.stderr.strip() == "[]" and "usage:" in result.stdout
 
 
-def test_an_output_without_the_letters_of_tokens_shows_others(files):
-    """The vocabulary of byte-level BPE is full of letters such as Ġ."""
-    command = [sys.executable, ROOT / "train.py", *map(str, basic(files)), "--max-steps", "1"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
-    )
-    assert result.returncode == 0 and "row 0 of the first step" in result.stdout, result.stderr
+def test_tokens_are_printed_to_an_ascii_terminal(files, call, monkeypatch):
+    """Tokens of byte-level BPE contain letters such as Ġ."""
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    code, _, err = call(train, *small_flags(files), "--max-steps", 1)
+    assert code == 0 and b"row 0 of the first step" in output.buffer.getvalue(), err
 
 
-def test_json_can_be_read_whatever_the_encoding_of_the_output(files, call, monkeypatch):
+def test_json_is_readable_whatever_the_encoding_of_the_output(files, call, monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
     call(infer, "--model", files / "model", "--json", "é <mask>")
     assert json.loads(output.buffer.getvalue())[0]["sequence"].startswith("é")
-
-
-def test_sentences_whose_answers_are_no_tokens_are_not_shown(files, capsys):
-    """Of this vocabulary nearly none is."""
-    train.show_what_was_learned(files / "model")
-    assert capsys.readouterr().out == ""

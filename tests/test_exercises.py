@@ -1,4 +1,4 @@
-"""The answers to the exercises of README's reading guide, one per file of the reading path."""
+"""The answers to the exercises of the reading guide, one per file of the reading path."""
 
 import numpy as np
 import pytest
@@ -9,16 +9,17 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from mlm_scratch.config import resolve
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.fill_mask import fill_mask
-from mlm_scratch.loader import Collator, Loader, epoch_order
+from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
 from mlm_scratch.masking import mask_tokens
-from mlm_scratch.model import masked_lm_loss
+from mlm_scratch.model import MaskedLM, masked_lm_loss
+from mlm_scratch.optim import parameter_groups
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
 
 
-def test_masking_which_share_of_the_tokens_the_model_sees_changed():
-    """13.5 %: of the 15 %, 80 % are masks and 10 % random tokens (which may hit the old one)."""
+def test_masking_what_share_of_all_tokens_the_model_sees_changed():
+    """13.5 %: of the 15 %, 80 % are <mask>, 10 % random (which may be the original)."""
     ids = torch.randint(10, 50_000, (200, 512))  # (B, T)
     special = torch.zeros_like(ids)  # (B, T)
     seen, labels = mask_tokens(
@@ -46,24 +47,29 @@ def test_loader_which_rows_the_sixth_step_has():
 
 def test_model_how_much_arithmetic_the_head_on_masked_positions_saves():
     """distilroberta's shape, 8 x 128 tokens: 1.7 times less for the whole step."""
-    with torch.device("meta"):  # shapes without numbers: counted in no time
+    with torch.device("meta"):  # shapes only: nothing is computed
         model = RobertaForMaskedLM(RobertaConfig(vocab_size=50_265, num_hidden_layers=6))
-        input_ids = torch.zeros(8, 128, dtype=torch.int64)  # (B, T)
+        masked_lm, input_ids = MaskedLM(model), torch.zeros(8, 128, dtype=torch.int64)  # (B, T)
         positions = torch.zeros(round(0.15 * 8 * 128), dtype=torch.int64)  # (N,)
     flops = {}
     for dense in (True, False):
         with FlopCounterMode(display=False) as counter:
-            loss, _ = masked_lm_loss(
-                model, input_ids, None, input_ids, positions=positions, dense=dense
-            )
-            loss.backward()
+            batch = Batch(input_ids, None, input_ids, None if dense else positions)
+            masked_lm_loss(masked_lm, batch).backward()
         flops[dense] = counter.get_total_flops()
     assert flops[True] / flops[False] == pytest.approx(1.7, abs=0.1)
 
 
+def test_optim_which_parameters_weight_decay_spares():
+    """Biases and the norms' scales: all that have one dimension, and nothing else."""
+    groups = parameter_groups(roberta(TOKENIZER), weight_decay=0.1)
+    dimensions = {g["weight_decay"]: {p.dim() for p in g["params"]} for g in groups}
+    assert dimensions == {0.1: {2}, 0.0: {1}}
+
+
 def test_loop_what_happens_if_the_gradients_are_clipped_before_they_are_unscaled():
-    """They are 65,536 times too long, so all are clipped, and 65,536 times too short after that.
-    (That the loop has the right order, test_amp.py shows.)"""
+    """They are 65,536 times too long, so all are clipped, and then unscaled to 1 / 65,536.
+    (test_amp.py shows that the loop has the right order.)"""
     weight = torch.nn.Parameter(torch.ones(4))
     scaler = torch.amp.GradScaler("cpu", init_scale=65_536.0)
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -75,8 +81,7 @@ def test_loop_what_happens_if_the_gradients_are_clipped_before_they_are_unscaled
 
 
 def test_fill_mask_why_the_scores_of_all_targets_do_not_add_up_to_1():
-    """They are shares of the whole vocabulary; divided by their sum they are those among the
-    targets."""
+    """They are probabilities over the whole vocabulary; divided by their sum, over the targets."""
     torch.manual_seed(0)
     model = roberta(TOKENIZER).eval()
     text, targets = "The Milky Way <mask> a galaxy.", [" is", " the"]

@@ -1,4 +1,4 @@
-"""Steps, batches and masks on rows of ids that can be followed by eye."""
+"""Steps, batches and masks, on rows of ids that can be followed by eye."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class ToyTokenizer:
-    """The few facts that the collator asks of a tokenizer: 0 <pad>, 1 <s>, 2 </s>, 3 <mask>."""
+    """What the collator reads from a tokenizer: 0 <pad>, 1 <s>, 2 </s>, 3 <mask>."""
 
     pad_token_id, mask_token_id, all_special_ids = 0, 3, [0, 1, 2, 3]
 
@@ -29,7 +29,7 @@ class ToyTokenizer:
 
 
 def rows_of(*lengths):
-    """Rows 10 11 12 ..., 20 21 22 ..., ... of these lengths."""
+    """Rows 10 11 12 ..., 20 21 22 ..., and so on, of these lengths."""
     tokens = [10 * row + i for row, length in enumerate(lengths, 1) for i in range(length)]
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return TokenRows(np.array(tokens, np.uint16), starts)
@@ -59,13 +59,13 @@ def test_rows_are_padded_to_the_longest_of_their_step():
 
 
 def test_rows_without_padding_have_no_attention_mask():
-    """A model that finds a mask looks into it, and on a GPU that is a wait."""
+    """A model reads a mask that it is given, which on a GPU makes the CPU wait."""
     step = next(loader(rows_of(4, 4, 4), batch_size=2, accumulate=2).steps(0, 1))
     assert [batch.attention_mask for batch in step.batches] == [None, None]
     assert [len(batch.labels) for batch in step.batches] == [2, 1] and step.n_tokens == 12
 
 
-def test_a_compiled_model_gets_the_same_number_of_positions_every_time():
+def test_a_compiled_model_gets_the_same_number_of_positions_in_every_batch():
     rows = rows_of(*[32] * 64)
     settings = {"batch_size": 4, "accumulate": 2}
     plain, static = (
@@ -105,7 +105,7 @@ def test_a_step_is_the_same_however_it_is_split(batch_size, accumulate):
         assert one.n_masked == many.n_masked == sum(len(b.positions) for b in many.batches)
 
 
-def test_a_position_is_a_step_and_the_state_of_the_mask_generator():
+def test_a_step_number_and_the_mask_generator_are_the_whole_position():
     settings = {"batch_size": 3, "mlm_probability": 0.5}
     whole = loader(rows_of(*range(3, 14)), **settings)
     expected = list(whole.steps(0, 9))
@@ -120,11 +120,11 @@ def test_a_position_is_a_step_and_the_state_of_the_mask_generator():
 
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_padded_batches_equal_the_collators(whole_word):
-    """The reference pads, finds special tokens row by row and masks, from the same generator."""
+    """The collator pads, looks special tokens up row by row, and masks."""
     tokenizer = byte_level_tokenizer()
     texts = ["Paris.", "A whale is a mammal.", "Unbelievable misunderstandings", "The heart"]
     probabilities = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0} if whole_word else {}
-    reference = DataCollatorForLanguageModeling(
+    hf_collator = DataCollatorForLanguageModeling(
         tokenizer, seed=42, mlm_probability=0.4, whole_word_mask=whole_word, **probabilities
     )
     encoding = tokenizer(texts, return_offsets_mapping=whole_word)
@@ -144,7 +144,7 @@ def test_padded_batches_equal_the_collators(whole_word):
     for _ in range(10):
         batch = collator(rows, np.arange(4))
         examples = [{"input_ids": ids} for ids in encoding["input_ids"]]
-        if whole_word:  # it cannot pad offsets by itself
+        if whole_word:  # it cannot pad offsets
             examples = [
                 {
                     "input_ids": ids + [tokenizer.pad_token_id] * (longest - len(ids)),
@@ -156,6 +156,6 @@ def test_padded_batches_equal_the_collators(whole_word):
                 }
                 for ids, row in zip(encoding["input_ids"], spans, strict=True)
             ]
-        expected = reference(examples)
+        expected = hf_collator(examples)
         assert torch.equal(batch.input_ids, expected["input_ids"])
         assert torch.equal(batch.labels, expected["labels"])

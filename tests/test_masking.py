@@ -1,4 +1,4 @@
-"""mask_tokens against its reference, DataCollatorForLanguageModeling, and its definition."""
+"""mask_tokens against DataCollatorForLanguageModeling, and against its definition."""
 
 import itertools
 import warnings
@@ -38,15 +38,15 @@ def special_mask(tokenizer, input_ids):
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte-level BPE", "WordPiece"])
 @pytest.mark.parametrize("mlm, mask, random", PROBABILITIES)
 def test_equal_to_the_collator_bit_for_bit(tokenizer, mlm, mask, random):
-    """Twenty batches of changing shape from one generator each: no draw more, none less."""
-    reference = DataCollatorForLanguageModeling(
+    """Twenty batches of changing shape from one generator each: neither draws more or less."""
+    hf_collator = DataCollatorForLanguageModeling(
         tokenizer, mlm_probability=mlm, mask_replace_prob=mask, random_replace_prob=random, seed=7
     )
     generator = torch.Generator().manual_seed(7)
     data = torch.Generator().manual_seed(0)
     for shape in itertools.islice(itertools.cycle(SHAPES), 20):
         input_ids = torch.randint(len(tokenizer), shape, generator=data)
-        expected = reference([{"input_ids": row} for row in input_ids.clone()])
+        expected = hf_collator([{"input_ids": row} for row in input_ids.clone()])
         seen, labels = mask_tokens(
             input_ids,
             special_mask(tokenizer, input_ids),
@@ -65,8 +65,8 @@ def test_equal_to_the_collator_bit_for_bit(tokenizer, mlm, mask, random):
 @pytest.mark.parametrize("mlm", [0.15, 0.5, 1.0])
 def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it sets mask_replace_prob to 1
-        reference = DataCollatorForLanguageModeling(
+        warnings.simplefilter("ignore")  # that it sets mask_replace_prob to 1
+        hf_collator = DataCollatorForLanguageModeling(
             tokenizer, whole_word_mask=True, mlm_probability=mlm, seed=3
         )
     generator = torch.Generator().manual_seed(3)
@@ -81,7 +81,7 @@ def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
         features = {
             key: encoding[key] for key in ("input_ids", "special_tokens_mask", "offset_mapping")
         }
-        expected = reference(
+        expected = hf_collator(
             [
                 {key: value[row].clone() for key, value in features.items()}
                 for row in range(len(SENTENCES))
@@ -105,8 +105,8 @@ def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
         assert torch.equal(labels, expected["labels"])
 
 
-def test_whole_words_meet_one_fate():
-    """80/10/10 holds per word, and the tokens of a word are masked, randomised or kept together."""
+def test_the_tokens_of_a_word_get_the_same_treatment():
+    """Words are masked, randomised or kept 80/10/10, all their tokens together."""
     B, T, vocab_size, mask_id = 400, 60, 10**6, 10**6
     word_ids = (torch.arange(T) // 3).expand(B, T)  # words of three tokens
     input_ids = torch.zeros(B, T, dtype=torch.long)
@@ -119,25 +119,25 @@ def test_whole_words_meet_one_fate():
         mlm_probability=0.3,
         generator=torch.Generator().manual_seed(0),
     )
-    chosen, seen = (labels != IGNORE).view(B, -1, 3), seen.view(B, -1, 3)
-    assert torch.equal(chosen.any(-1), chosen.all(-1))
-    masked, kept = (seen == mask_id), (seen == 0) & chosen
-    randomised = chosen & ~masked & ~kept
-    for fate in (masked, randomised):  # a random id is 0 once in a million: none here
-        assert torch.equal(fate.any(-1), fate.all(-1))
-    words = chosen.all(-1).sum().item()
+    selected, seen = (labels != IGNORE).view(B, -1, 3), seen.view(B, -1, 3)
+    assert torch.equal(selected.any(-1), selected.all(-1))
+    masked, kept = (seen == mask_id), (seen == 0) & selected
+    randomised = selected & ~masked & ~kept
+    for treated in (masked, randomised):  # a random id is 0 once in a million: never here
+        assert torch.equal(treated.any(-1), treated.all(-1))
+    words = selected.all(-1).sum().item()
     assert words / (B * T / 3) == pytest.approx(0.3, abs=0.02)  # sd 0.005
-    for fate, share in ((masked, 0.8), (randomised, 0.1), (kept, 0.1)):
-        assert fate.all(-1).sum().item() / words == pytest.approx(share, abs=0.03)  # sd <= 0.008
+    for treated, share in ((masked, 0.8), (randomised, 0.1), (kept, 0.1)):
+        assert treated.all(-1).sum().item() / words == pytest.approx(share, abs=0.03)  # sd <= 0.008
 
 
-def test_word_ids_end_words_at_gaps_and_special_tokens():
+def test_words_end_at_gaps_and_special_tokens():
     special = torch.tensor([[1, 0, 0, 0, 1, 0, 0]]).bool()
     starts = torch.tensor([[1, 0, 0, 1, 0, 0, 0]]).bool()
     assert word_ids_from_gaps(starts, special).tolist() == [[-1, 1, 1, 2, -1, 3, 3]]
 
 
-def test_positions_outside_words_are_never_chosen():
+def test_positions_outside_words_are_never_selected():
     word_ids = torch.tensor([[-1, 4, 4, -1, 7]])
     _, labels = mask_tokens(
         torch.tensor([[5, 6, 7, 8, 9]]),
@@ -150,7 +150,7 @@ def test_positions_outside_words_are_never_chosen():
     assert labels.tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE]]
 
 
-def test_the_draws_do_not_depend_on_how_the_tensors_lie_in_memory():
+def test_the_draws_do_not_depend_on_the_memory_layout():
     input_ids = torch.randint(5, 50, (6, 9))
     special = input_ids % 7 == 0
     results = [
@@ -170,8 +170,8 @@ def test_the_draws_do_not_depend_on_how_the_tensors_lie_in_memory():
         assert torch.equal(one, other)
 
 
-def test_statistics_and_what_is_never_touched():
-    """10^6 tokens: the shares are off by more than the bounds once in 10^6 seeds (5 sd)."""
+def test_shares_are_as_specified_and_special_tokens_untouched():
+    """10^6 tokens: one seed in 10^6 exceeds the bounds (5 sd)."""
     B, T, vocab_size, mask_id = 1000, 1000, 50_000, 50_000
     input_ids = torch.arange(B * T).view(B, T) % vocab_size
     special = input_ids % 10 == 0  # every tenth token
@@ -183,15 +183,15 @@ def test_statistics_and_what_is_never_touched():
         vocab_size=vocab_size,
         generator=torch.Generator().manual_seed(42),
     )
-    chosen = labels != IGNORE
+    selected = labels != IGNORE
     assert torch.equal(input_ids, before)
-    assert not chosen[special].any() and torch.equal(seen[special], before[special])
-    assert torch.equal(labels[chosen], before[chosen])
-    assert torch.equal(seen[~chosen], before[~chosen])
-    n = chosen.sum().item()
+    assert not selected[special].any() and torch.equal(seen[special], before[special])
+    assert torch.equal(labels[selected], before[selected])
+    assert torch.equal(seen[~selected], before[~selected])
+    n = selected.sum().item()
     assert n / (~special).sum().item() == pytest.approx(0.15, abs=0.002)
     masked = (seen == mask_id).sum().item()
-    kept = (seen[chosen] == before[chosen]).sum().item()
+    kept = (seen[selected] == before[selected]).sum().item()
     assert masked / n == pytest.approx(0.8, abs=0.006)
     assert kept / n == pytest.approx(0.1, abs=0.005)
     assert (n - masked - kept) / n == pytest.approx(0.1, abs=0.005)
@@ -206,7 +206,7 @@ def test_statistics_and_what_is_never_touched():
         {"mask_replace_prob": 0.8, "random_replace_prob": 0.3},
     ],
 )
-def test_impossible_probabilities_are_refused(wrong):
+def test_impossible_probabilities_are_rejected(wrong):
     row = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"between 0 and 1|more than 1"):
         mask_tokens(row, row, mask_token_id=1, vocab_size=5, **wrong)

@@ -1,37 +1,69 @@
-"""What README says of the code stands in the code."""
+"""What the three README files say about the code is true of the code."""
 
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlm_scratch"
+FRONT, GUIDE, TESTS = (
+    (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    for folder in ("", "mlm_scratch", "tests")
+)
+CHAPTERS = ["masking.py", "loader.py", "model.py", "optim.py", "loop.py", "fill_mask.py"]
 
 
-def test_the_map_of_arguments_names_lines_and_tests_that_exist():
+def section(readme, title):
+    """The text from this heading to the next of its level."""
+    return readme.split(f"## {title}")[1].split("\n## ")[0]
+
+
+def test_the_map_of_arguments_quotes_lines_and_names_tests_that_exist():
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
-    section = README.split("## From the reference's arguments")[1].split("\n## ")[0]
-    rows = re.findall(
-        r"^\| (.+?) \| `([\w/]+\.py)` \| `(.+?)`.*? \| `(test_\w+)` \|$", section, re.M
-    )
-    assert len(rows) == section.count("\n| ") - 1  # every row but the head was understood
+    table = section(GUIDE, "From Hugging Face's arguments to the lines here")
+    rows = re.findall(r"^\| (.+?) \| `([\w/]+\.py)` \| `(.+?)`.*? \| `(test_\w+)` \|$", table, re.M)
+    assert len(rows) == table.count("\n| ") - 1 > 30  # every row but the head was understood
     for argument, file, line, test in rows:
-        assert line in (ROOT / "mlm_scratch" / file).read_text(encoding="utf-8"), (argument, line)
+        assert line in (PACKAGE / file).read_text(encoding="utf-8"), (argument, line)
         assert f"def {test}(" in tests, (argument, test)
 
 
-def test_every_module_is_named_in_the_reading_guide():
-    modules = {path.name for path in (ROOT / "mlm_scratch").rglob("*.py")}
-    guide = README.split("## How to read the code")[1].split("\n## ")[0]
-    assert {name for name in modules if name not in guide} - {
-        "__init__.py",
-        "facts.py",
-        "generate.py",
-    } == set()
+def test_every_module_is_named_in_the_guide():
+    modules = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    named = set(re.findall(r"`(\w+\.py)`", GUIDE))
+    assert {path.name for path in modules} - named == set()
 
 
-def test_the_reading_path_is_as_long_as_the_guide_says():
-    rows = re.findall(r"^\| \d \| `(\w+\.py)` \| (\d+) \|", README, re.M)
-    assert len(rows) == 5
+@pytest.mark.parametrize("readme", [FRONT, GUIDE], ids=["front page", "guide"])
+def test_the_chapters_are_as_long_as_their_tables_say(readme):
+    rows = re.findall(r"`(\w+\.py)` \| (\d+) \|", readme)
+    assert [file for file, _ in rows] == CHAPTERS
     for file, lines in rows:
-        text = (ROOT / "mlm_scratch" / file).read_text(encoding="utf-8")
-        assert len(text.splitlines()) == int(lines), file
+        assert len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) == int(lines), file
+
+
+def test_every_path_and_link_exists():
+    """Paths in backticks, and what the links lead to, as seen from where each file lies."""
+    for folder, readme in ((ROOT, FRONT), (PACKAGE, GUIDE), (ROOT / "tests", TESTS)):
+        for path in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+            assert (folder / path).exists(), path
+        for path in re.findall(r"`(tests/[\w/]+\.py)`", readme):
+            assert (ROOT / path).exists(), path
+        for path in re.findall(r"`([a-z_]+/[\w/]+\.py)`", readme):
+            assert any((base / path).exists() for base in (ROOT, PACKAGE, folder)), path
+
+
+def test_every_flag_in_the_readmes_is_one():
+    """Of train.py, infer.py, explain, or the programs in tests/tools."""
+    sources = [*ROOT.glob("*.py"), PACKAGE / "explain/__main__.py", *ROOT.glob("tests/tools/*.py")]
+    known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in sources)))
+    fields = re.findall(r"^    (\w+): .*= _option\(", (PACKAGE / "config.py").read_text(), re.M)
+    known |= {"--" + name.replace("_", "-") for name in fields}
+    of_others = {"--nproc-per-node", "--max-restarts", "--nnodes", "--logdir", "--help"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", FRONT + GUIDE + TESTS))
+    assert used - known - of_others == set()
+
+
+def test_the_front_page_is_short():
+    assert len(FRONT.split()) <= 1800

@@ -1,26 +1,34 @@
-"""What a model can do, found out by trying it on a small batch instead of by its name.
+"""What a model can do, its limits, and whether its weights are sound.
 
-So a model that nobody thought of is either right or takes the plain way.
+What it can do is detected by running a small batch, not by its name: so an unforeseen model either
+works or falls back to the plain path.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.load import REFUSALS, in_eval_mode, longest_input
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.util.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# What models raise for inputs, or for half-precision numbers, that they do not support.
+REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+NO_LIMIT = 10**9  # a tokenizer that does not know its model's limit says 10**30
 
 
 @torch.no_grad()
 def sparse_head_works(model: MaskedLM) -> bool:
-    """Whether the head on chosen positions gives what the whole forward pass gives there.
+    """Whether the head on some positions gives what the full forward pass gives there.
 
-    Where it does not, the head runs on all positions.
+    If not, the head has to run on all positions.
     """
     model = _copy_with_the_same_weights(model)
     input_ids, attention_mask = _small_batch(model)  # (B, T), (B, T)
@@ -36,8 +44,11 @@ def sparse_head_works(model: MaskedLM) -> bool:
 
 @torch.no_grad()
 def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text has the same logits in a batch with longer ones. Some models mix the padding
-    in, whatever the attention mask says, with a convolution or a Fourier transform."""
+    """Whether a text has the same logits in a batch with longer ones.
+
+    Some models mix padding in, whatever the attention mask says: by a convolution, or by a Fourier
+    transform.
+    """
     if tokenizer.pad_token_id is None:
         return False
     model = _copy_with_the_same_weights(model)
@@ -57,20 +68,72 @@ def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
-    """Those that the loss never reaches, such as a pooler's."""
+    """List the parameters that the loss never reaches, such as a pooler's."""
     _copy_with_the_same_weights(model)(*_small_batch(model), None).sum().backward()
     unused = [parameter for parameter in model.parameters() if parameter.grad is None]
     model.zero_grad()
     return unused
 
 
+def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | Path) -> None:
+    """Raise UserError unless the two can do masked-language modelling together."""
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"the tokenizer of {name} has no words: its vocabulary file is missing")
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)  # (V, H)
+    if not isinstance(embeddings, Tensor):
+        raise UserError(f"{name} has no table of token embeddings: choose another model")
+    if len(tokenizer) > (rows := len(embeddings)):
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
+        )
+
+
+def check_no_nan(scores: Tensor) -> None:
+    """Raise UserError if a model's probabilities contain NaN."""
+    if scores.isnan().any():
+        raise UserError("the model outputs NaN: its weights are damaged, choose another")
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off; afterwards the model is back in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """Return the most tokens that both support in one text, special tokens included."""
+    limits = [tokenizer.model_max_length, NO_LIMIT]
+    if (configured := getattr(model.config, "max_position_embeddings", None) or 0) > 0:
+        limits.append(configured)
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)  # (positions, H)
+        if name.endswith("position_embeddings") and isinstance(weight, Tensor):
+            # RoBERTa and its kin count positions from padding_idx + 1: 514 rows hold 512 tokens.
+            padding_idx = getattr(module, "padding_idx", None)
+            limits.append(len(weight) - (0 if padding_idx is None else padding_idx + 1))
+    return min(limits)
+
+
 def _copy_with_the_same_weights(model: Model) -> Model:
-    """To be tried in place of the model: on short rows BigBird turns into another one for good."""
+    """Copy a model before running it: a short row permanently changes BigBird's attention type."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _small_batch(model: MaskedLM) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
-    input_ids = torch.arange(8, device=device).view(2, 4) % model.model.config.vocab_size  # (B, T)
+    vocab_size = model.hf_model.config.vocab_size
+    input_ids = torch.arange(8, device=device).view(2, 4) % vocab_size  # (B, T)
     return input_ids, torch.ones_like(input_ids)  # (B, T), (B, T)

@@ -1,4 +1,4 @@
-"""The texts and targets that people type, as model and tokenizer take them."""
+"""Turn the texts and targets that users type into the inputs of a model."""
 
 import functools
 import re
@@ -10,14 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.load import REFUSALS, in_eval_mode, longest_input
+from mlm_scratch.hf.checks import REFUSALS, in_eval_mode, longest_input
 from mlm_scratch.util.errors import UserError, shortened
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
 
 def use_own_mask(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Write every <mask> and [MASK] in `text` the way this tokenizer does."""
+    """Replace every <mask> and [MASK] in `text` by this tokenizer's mask token."""
     return MASK_SPELLINGS.sub(lambda match: tokenizer.mask_token, text)
 
 
@@ -27,17 +27,18 @@ def encode(
     texts: list[str],
     truncate: bool = False,
 ) -> BatchEncoding:
-    """What the model is given for some texts, padded to the longest: (B, T) tensors.
+    """Tokenize texts for a model, padded to the longest: (B, T) tensors.
 
-    Raises UserError for a text that is too long (unless it is to be cut) or not UTF-8.
+    Raises:
+        UserError: a text is too long (unless `truncate`) or not UTF-8.
     """
     for text in texts:
         check_utf8(text, "text")
     limit = longest_input(tokenizer, model)
     cut = {"truncation": True, "max_length": limit} if truncate else {}
-    several = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
+    padding = {"padding": True, "padding_side": "right"} if len(texts) > 1 else {}
     inputs = tokenizer(
-        texts, return_attention_mask=True, return_tensors="pt", verbose=False, **several, **cut
+        texts, return_attention_mask=True, return_tensors="pt", verbose=False, **padding, **cut
     )
     for text, length in zip(texts, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
         if length > limit:
@@ -48,9 +49,12 @@ def encode(
     return inputs
 
 
-def ask(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) inputs -> (B, T, V) logits, without dropout. Raises UserError for what the model
-    cannot take."""
+def forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Run the model without dropout: (B, T) inputs -> (B, T, V) logits.
+
+    Raises:
+        UserError: the model does not support these inputs.
+    """
     on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     try:
         with in_eval_mode(model):
@@ -61,7 +65,7 @@ def ask(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def find_masks(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str) -> Tensor:
-    """(T,) ids of `text` -> (M,) where its masks are. Raises UserError if there is none."""
+    """(T,) ids of `text` -> (M,) positions of its masks. Raises UserError if there is none."""
     mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
     if len(mask_index) == 0:
         where = " that --truncate leaves" if tokenizer.mask_token in text else ""
@@ -72,22 +76,28 @@ def find_masks(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str)
 
 
 def find_words(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str) -> Tensor:
-    """(T,) ids of `text` -> (N,) where its tokens are that are not special. An unknown word is a
-    word. Raises UserError if there is none, or if one of them is a mask."""
+    """(T,) ids of `text` -> (N,) positions of its non-special tokens; unknown words count.
+
+    Raises:
+        UserError: there is none, or one of them is a mask.
+    """
     if tokenizer.mask_token_id in input_ids:
         raise UserError(f"the text {shortened(text)} has a mask: give the words to score")
-    apart = [id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id]
-    words = (~torch.isin(input_ids, torch.tensor(apart))).nonzero().squeeze(1)  # (N,)
+    special = [id for id in tokenizer.all_special_ids if id != tokenizer.unk_token_id]
+    words = (~torch.isin(input_ids, torch.tensor(special))).nonzero().squeeze(1)  # (N,)
     if len(words) == 0:
         raise UserError(f"the text {shortened(text)} has no token to score")
     return words
 
 
 def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
-    """The ids of the targets. One that is not in the vocabulary is tokenized; where that gives
-    several pieces the first is taken, with a warning.
+    """Look up the ids of targets, (targets,).
 
-    Raises UserError if no target is left, or one is not UTF-8.
+    A target outside the vocabulary is tokenized; if that gives several pieces, the first is used,
+    with a warning.
+
+    Raises:
+        UserError: no target is left, or one is not UTF-8.
     """
     vocabulary = tokenizer.get_vocab()
     ids = []
@@ -96,34 +106,20 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
         ids += [vocabulary[target]] if target in vocabulary else _first_piece(tokenizer, target)
     if not ids:
         raise UserError("none of the targets gives a token of the vocabulary")
-    return torch.tensor(list(set(ids)))  # through a set as in the reference: its order breaks ties
-
-
-def _first_piece(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
-    """Its id, or none; with a warning if there are more of them."""
-    pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
-    if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
-        instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
-        _warn_once(f"target {target!r} is not one token, {instead}")
-    return pieces[:1]
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not into it
+    return torch.tensor(list(set(ids)))  # through a set, as in the pipeline: its order breaks ties
 
 
 def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -> str:
-    """A target as the vocabulary has it at a mask that follows the text `before`.
+    """Spell a target as the vocabulary has it at a mask that follows the text `before`.
 
-    Byte-level BPE has other tokens for words after a space: "is" is "Ġis" after "A ", but "is"
-    after "A (". With SentencePiece it is "▁is" at the beginning of a text, too.
+    Byte-level BPE has separate tokens for words after a space: "is" is "Ġis" after "A ", but "is"
+    after "A (". With SentencePiece it is "▁is" at the start of a text, too.
     """
     check_utf8(target, "target")
     if not target.strip() or target[0].isspace():
         return target
     own_id = tokenizer.get_vocab().get(target)
-    # To byte-level BPE "é" is the name of a byte that is no letter; the letter is "Ã©".
+    # In byte-level BPE, the entry "é" stands for a byte that is no letter; the letter é is "Ã©".
     is_token = own_id is not None and "\ufffd" not in tokenizer.decode([own_id])
     after_space = before[-1:].isspace()
     if is_token and before and not after_space:
@@ -138,8 +134,30 @@ def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -
     return tokenizer.convert_ids_to_tokens(pieces)[0] if pieces else target
 
 
+def _first_piece(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Return the id of its first piece, or nothing; warn if there are more pieces or none."""
+    pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
+    if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+        instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
+        _warn_once(f"target {target!r} is not one token, {instead}")
+    return pieces[:1]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not into it
+
+
+def visible_token(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a token as its vocabulary spells it, quoted if it would be invisible."""
+    token = tokenizer.convert_ids_to_tokens([id])[0]
+    if token is None:  # many models have more embeddings than their tokenizer has tokens
+        return f"#{id}"
+    return token if token.isprintable() and token.strip() else repr(token)
+
+
 def check_utf8(text: str, what: str) -> None:
-    """Raise UserError for bytes on the command line or in a file that are no text."""
+    """Raise UserError for bytes, typed or read from a file, that are not text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,15 +1,19 @@
-"""Whether the tutorial's model and data can be had: from the Hub, or from what is cached.
+"""Where to get a model: from the Hub, from the cache, or from the newest run.
 
-Asking must not take long where there is no network. The clients of the Hub would try for a minute
-and a half; here one request has a few seconds, and after that they are told to stay offline.
+Asking must not take long without a network. The Hub's clients would retry for a minute and a half;
+here one request gets a few seconds; if it fails, they are switched offline. No import of torch.
 """
 
 import logging
 import os
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlm_scratch.config import BUNDLED, TUTORIAL
+from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -17,8 +21,23 @@ if TYPE_CHECKING:
 TIMEOUT = 3.0  # seconds
 
 
+def newest_model() -> Path:
+    """Return the model of the newest run; of an unfinished one, its newest checkpoint.
+
+    Raises:
+        UserError: there is no run, or no valid checkpoint in it.
+    """
+    if (LATEST / MODEL).is_dir():
+        return LATEST / MODEL
+    checkpoint = newest_valid_checkpoint(LATEST) if LATEST.is_dir() else None
+    if checkpoint is None:
+        raise UserError("there is no trained model yet: run python train.py, or name a --model")
+    print(f"{LATEST} is not finished: using {checkpoint.name}", file=sys.stderr)
+    return checkpoint
+
+
 def can_load_tutorial() -> tuple[bool, str]:
-    """Whether the recipe `tutorial` can run, and how that is known."""
+    """Whether the recipe `tutorial` can run, and why or why not."""
     if hub_answers(TUTORIAL.model):
         return True, "the Hugging Face Hub answers"
     go_offline()
@@ -28,46 +47,47 @@ def can_load_tutorial() -> tuple[bool, str]:
 
 
 def go_offline_without_hub(*names: str) -> None:
-    """If one of the models or data sets is not a local path and the Hub does not answer, take them
-    from the cache or fail at once, instead of after a minute of trying."""
+    """Go offline if one of these models or data sets is not local and the Hub does not answer.
+
+    They then come from the cache or fail immediately, instead of after a minute of retries.
+    """
     if all(os.path.exists(name) or name == BUNDLED for name in names):
         return
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line says it all later
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # reported later, in one line
     if not hub_answers(TUTORIAL.model):
         go_offline()
 
 
 def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
-    """Whether the Hub, or what HF_ENDPOINT names, answers within `timeout` seconds when it is asked
-    about a model."""
+    """Whether the Hub, or the HF_ENDPOINT, answers a request about a model within `timeout` s."""
     from huggingface_hub import HfApi, is_offline_mode
 
     if is_offline_mode():
         return False
     answers: list[object] = []
-    # A name look-up can hang, and no timeout of a client covers it: leave the thread behind then.
-    asked = (HfApi(), model, timeout, answers)
-    thread = threading.Thread(target=_ask, args=asked, daemon=True)
+    # A DNS lookup can hang, and no client's timeout covers it: then leave the thread behind.
+    arguments = (HfApi(), model, timeout, answers)
+    thread = threading.Thread(target=_request, args=arguments, daemon=True)
     thread.start()
     thread.join(timeout)
     return bool(answers)
 
 
-def _ask(hub: "HfApi", model: str, timeout: float, answers: list[object]) -> None:
+def _request(hub: "HfApi", model: str, timeout: float, answers: list[object]) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         answers.append(hub.model_info(model, timeout=timeout))
     except RepositoryNotFoundError as error:
         answers.append(error)
-    except Exception:  # no route, a time-out, an error page of a proxy: all are a no
+    except Exception:  # no route, a timeout, a proxy's error page: all count as no answer
         return
 
 
 def go_offline() -> None:
-    """From here on this process and its children do not ask the Hub.
+    """Keep this process and its children from contacting the Hub from now on.
 
-    Call before `datasets` is imported, which reads the environment then.
+    Call it before `datasets` is imported, which reads the environment once.
     """
     from huggingface_hub import constants
 
@@ -80,7 +100,7 @@ def everything_is_cached() -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     cached = {
-        name: isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)  # the path, if it is
+        name: isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)  # a path if cached
         for name in (
             "config.json",
             "model.safetensors",
@@ -89,7 +109,7 @@ def everything_is_cached() -> bool:
             "merges.txt",
         )
     }
-    # Without its vocabulary file a tokenizer loads all the same, and knows no words.
+    # A tokenizer loads without its vocabulary file, too, but then has no words.
     vocabulary = cached["tokenizer.json"] or (cached["vocab.json"] and cached["merges.txt"])
     if not (cached["config.json"] and cached["model.safetensors"] and vocabulary):
         return False

@@ -1,4 +1,4 @@
-"""A small ModernBERT and its tokenizer, made on the spot from nothing but text."""
+"""A small ModernBERT and its tokenizer, built from nothing but text."""
 
 from collections.abc import Iterable
 
@@ -7,11 +7,11 @@ from transformers import ModernBertConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`, with RoBERTa's special tokens in its layout."""
+    """Train a byte-level BPE tokenizer on `texts`, with RoBERTa's special tokens and layout."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # lstrip: "a <mask>" is one gap and one token, not a stray space and a mask
+    # lstrip: the space in "a <mask>" belongs to the mask, or it would be a stray token
     mask_token = AddedToken("<mask>", lstrip=True, special=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -23,9 +23,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     start, end = (("<s>", tokenizer.token_to_id("<s>")), ("</s>", tokenizer.token_to_id("</s>")))
     tokenizer.post_processor = processors.Sequence(
         [
-            processors.ByteLevel(
-                trim_offsets=True
-            ),  # a token's place in the text leaves the gap out
+            processors.ByteLevel(trim_offsets=True),  # offsets exclude the space before a token
             processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[start, end]),
         ]
     )
@@ -43,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
 
 
 def small_modernbert(tokenizer: PreTrainedTokenizerBase) -> ModernBertConfig:
-    """A ModernBERT of 4 layers, width 128: small enough to learn from nothing on two cores."""
+    """Return a ModernBERT of 4 layers, width 128: it learns from scratch on two cores."""
     return ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -51,8 +49,8 @@ def small_modernbert(tokenizer: PreTrainedTokenizerBase) -> ModernBertConfig:
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=512,
-        layer_types=["full_attention"] * 4,  # rows are too short for local attention to pay
-        initializer_range=0.08,  # 0.02, made for widths near 768, takes twice as many steps
+        layer_types=["full_attention"] * 4,  # rows are too short for local attention to pay off
+        initializer_range=0.08,  # 0.02, meant for widths near 768, takes twice as many steps
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,6 +1,5 @@
-"""What infer.py prints: fills, masks filled together, scores, or what the pipeline returns."""
+"""What infer.py prints: fills and the way to them, joint fills, scores, or the pipeline's JSON."""
 
-import argparse
 import json
 import math
 import re
@@ -11,28 +10,43 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.fill_mask import fill_mask, walk_through
+from mlm_scratch.fill_mask import fill_in, fill_mask, predict
 from mlm_scratch.hf.checks import ignores_padding
 from mlm_scratch.hf.encode import encode, find_masks, find_words, spell_target
-from mlm_scratch.inference.joint import ORDERS, fill_jointly, score_sentence
+from mlm_scratch.inference.joint import ORDERS, fill_jointly
+from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.progress import progress_bar
 
-BATCH = 8  # texts at once
+BATCH_SIZE = 8
 BAR_WIDTH = 20
 
 
 @dataclass
-class Answers:
-    """What a model and its tokenizer say to `asked`, the command line of infer.py."""
+class Output:
+    """Prints the predictions of a model, of one kind and with the options of infer.py.
+
+    Attributes:
+        model: a masked-LM in eval mode.
+        tokenizer: its tokenizer.
+        kind: "fills", "joint", "score" or "json".
+        top_k: fills per mask.
+        targets: consider only these tokens.
+        truncate: truncate texts that are too long.
+        with_steps: also print the steps that lead to the fills.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    asked: argparse.Namespace
+    kind: str
+    top_k: int
+    targets: list[str] | None
+    truncate: bool
+    with_steps: bool
 
     def check(self, texts: list[str]) -> None:
         """Raise UserError for the first text that cannot be filled or scored."""
-        find = find_words if self.asked.what == "score" else find_masks
+        find = find_words if self.kind == "score" else find_masks
         for number, text in enumerate(texts, start=1):
             try:
                 find(self.tokenizer, self._ids(text), text)
@@ -41,16 +55,16 @@ class Answers:
                 raise UserError(f"{which}{error}") from error
 
     def show(self, texts: list[str]) -> None:
-        """Print what is asked of each text, BATCH of them at a time, with a bar if many."""
-        if self.asked.what == "json":
+        """Print the output for each text, BATCH_SIZE at a time, with a bar if there are many."""
+        if self.kind == "json":
             print(self.as_json(texts))
             return
-        lines_of = {"fills": self.fills, "joint": self.joint, "score": self.scores}[self.asked.what]
-        # Targets may be spelled otherwise in each text; joint fills and scores are batches anyway.
-        one_by_one = len(texts) == 1 or self.asked.targets or self.asked.what != "fills"
-        size = 1 if one_by_one or not ignores_padding(self.model, self.tokenizer) else BATCH
-        at_once = len(texts) <= size
-        with progress_bar(total=len(texts), unit=" texts", leave=False, disable=at_once) as bar:
+        lines_of = {"fills": self.fills, "joint": self.joint, "score": self.scores}[self.kind]
+        # Targets may be spelled differently in each text; the other kinds batch by themselves.
+        one_by_one = len(texts) == 1 or self.targets or self.kind != "fills"
+        size = 1 if one_by_one or not ignores_padding(self.model, self.tokenizer) else BATCH_SIZE
+        no_bar = len(texts) <= size
+        with progress_bar(total=len(texts), unit=" texts", leave=False, disable=no_bar) as bar:
             for start in range(0, len(texts), size):
                 batch = texts[start : start + size]
                 lines = list(lines_of(batch))
@@ -59,31 +73,29 @@ class Answers:
                 bar.update(len(batch))
 
     def as_json(self, texts: list[str]) -> str:
-        """What the pipeline returns for all texts."""
+        """Return what the pipeline returns for all texts."""
         fills = fill_mask(
             self.model,
             self.tokenizer,
             texts,
-            top_k=self.asked.top_k,
-            targets=self.asked.targets,
-            truncate=self.asked.truncate,
+            top_k=self.top_k,
+            targets=self.targets,
+            truncate=self.truncate,
         )
-        can_show_all = (sys.stdout.encoding or "").lower().startswith("utf")
-        return json.dumps(fills, ensure_ascii=not can_show_all, indent=2)
+        is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        return json.dumps(fills, ensure_ascii=not is_unicode, indent=2)
 
     def fills(self, texts: list[str]) -> Iterator[str]:
-        """The fills of each text; of one named on the command line also the way to them, unless
-        that is cut short by targets."""
-        asked = self.asked
-        if asked.targets:
+        """Yield the lines of the fills of each text, and of the steps that led to them."""
+        if self.targets:
             fills = [self._fills_with_targets(text) for text in texts]
         else:
             fills = fill_mask(
                 self.model,
                 self.tokenizer,
                 texts,
-                top_k=asked.top_k,
-                truncate=asked.truncate,
+                top_k=self.top_k,
+                truncate=self.truncate,
                 batch_size=len(texts),
             )
             fills = fills if len(texts) > 1 else [fills]
@@ -94,22 +106,37 @@ class Answers:
                 if several:
                     yield f"  mask {number}"
                 yield from (f"  {line_of(fill)}" for fill in mask_fills)
-            if asked.texts and not asked.targets:
+            if self.with_steps and not self.targets:  # with targets they would show other words
                 yield "\nstep by step"
-                steps = walk_through(self.model, self.tokenizer, text, asked.top_k, asked.truncate)
-                yield from (f"  {line}" for line in steps)
+                yield from (f"  {line}" for line in self.steps(text))
             yield ""
 
+    def steps(self, text: str) -> Iterator[str]:
+        """Yield the lines of one computation step by step, with the values on the way."""
+        ((input_ids, mask_index, probabilities),) = predict(  # (T,), (M,), (M, V)
+            self.model, self.tokenizer, [text], self.truncate
+        )
+        yield f"input_ids   {input_ids.tolist()}"
+        yield f"tokens      {self.tokenizer.convert_ids_to_tokens(input_ids.tolist())}"
+        yield f"mask index  {mask_index.tolist()}"
+        yield f"softmax     {tuple(probabilities.shape)}: for each mask, a probability per token"
+        for index, row in zip(mask_index.tolist(), probabilities, strict=True):  # row: (V,)
+            scores, tokens = row.topk(min(self.top_k, len(row)))  # (k,), (k,)
+            yield f"top {self.top_k} at {index}  {tokens.tolist()}"
+            for score, token in zip(scores.tolist(), tokens.tolist(), strict=True):
+                yield f"  {score:<9.4g} {fill_in(self.tokenizer, input_ids, index, token)}"
+
     def _fills_with_targets(self, text: str) -> list:
-        """What fill_mask returns, with targets spelled for each mask as the text before it asks."""
+        """Return what fill_mask returns, with targets spelled for each mask by what precedes it."""
+        assert self.targets
         n_masks = len(find_masks(self.tokenizer, self._ids(text), text))  # that --truncate leaves
         masks = re.finditer(re.escape(self.tokenizer.mask_token), text)
         befores = [text[: mask.start()] for mask in masks]
         from_end = self.tokenizer.truncation_side == "left"
         befores = befores[-n_masks:] if from_end else befores[:n_masks]
-        befores += [" "] * (n_masks - len(befores))  # where "[mask]" is taken for a mask, too
+        befores += [" "] * (n_masks - len(befores))  # some tokenizers take "[mask]" for a mask, too
         spelled = [
-            tuple(spell_target(self.tokenizer, target, before) for target in self.asked.targets)
+            tuple(spell_target(self.tokenizer, target, before) for target in self.targets)
             for before in befores
         ]  # the targets of each mask
         fills = {
@@ -117,9 +144,9 @@ class Answers:
                 self.model,
                 self.tokenizer,
                 text,
-                top_k=self.asked.top_k,
+                top_k=self.top_k,
                 targets=list(targets),
-                truncate=self.asked.truncate,
+                truncate=self.truncate,
             )
             for targets in dict.fromkeys(spelled)
         }
@@ -128,7 +155,7 @@ class Answers:
         return [fills[targets][number] for number, targets in enumerate(spelled)]
 
     def joint(self, texts: list[str]) -> Iterator[str]:
-        """All masks of each text filled together, in both orders."""
+        """Yield the lines of all masks of each text filled together, in both orders."""
         for text in texts:
             yield text
             for order in ORDERS if text.count(self.tokenizer.mask_token) > 1 else ORDERS[:1]:
@@ -138,8 +165,8 @@ class Answers:
                     self.tokenizer,
                     text,
                     order,
-                    top_k=self.asked.top_k,
-                    truncate=self.asked.truncate,
+                    top_k=self.top_k,
+                    truncate=self.truncate,
                 )
                 for fill in fills:
                     words = " ".join(repr(self.tokenizer.decode([id])) for id in fill.tokens)
@@ -147,9 +174,9 @@ class Answers:
             yield ""
 
     def scores(self, texts: list[str]) -> Iterator[str]:
-        """Pseudo-log-likelihood and pseudo-perplexity of each text, and what each token gives."""
+        """Yield the lines of the score of each text: of each token, and of the sentence."""
         for text in texts:
-            scores = score_sentence(self.model, self.tokenizer, text, self.asked.truncate)
+            scores = score_sentence(self.model, self.tokenizer, text, self.truncate)
             total = sum(score for _, score in scores)
             yield text
             for id, score in scores:
@@ -160,11 +187,11 @@ class Answers:
             )
 
     def _ids(self, text: str) -> Tensor:
-        inputs = encode(self.model, self.tokenizer, [text], self.asked.truncate)
+        inputs = encode(self.model, self.tokenizer, [text], self.truncate)
         return inputs["input_ids"][0]  # (T,)
 
 
 def line_of(fill: dict) -> str:
-    """One fill on one line: score, bar, token, sentence."""
+    """Return one fill as a line: score, bar, token, sentence."""
     bar = "█" * round(fill["score"] * BAR_WIDTH)
     return f"{fill['score']:<9.4g} {bar:<{BAR_WIDTH}} {fill['token_str']!r:<14} {fill['sequence']}"

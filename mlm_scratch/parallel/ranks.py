@@ -1,18 +1,18 @@
-"""Several processes, one run: what they tell each other.
+"""Several processes, one run: the ranks, and everything they have to agree on.
 
     torchrun --nproc-per-node 4 train.py --epochs 2
 
-Every process ("rank") has the whole model and does its share of every step. Their gradients are
-exchanged by DistributedDataParallel; all else that has to be agreed on goes through a Ranks. A
-process alone has one too, in which every method is the simple case.
+Every rank has the whole model and computes its share of every step. DistributedDataParallel (DDP)
+all-reduces the gradients; everything else goes through a Ranks. A single process has one too, in
+which every method is the trivial case.
 """
 
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,41 +24,26 @@ from mlm_scratch.util.launch import Launch, this_launch
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The processes of this run, as one of them sees them.
+class Ranks(Launch):
+    """The ranks of this run, as one of them sees them: its number, and what to tell the others.
 
-    Every method is called by all of them, at the same point of the run, or all wait for ever.
+    All ranks must call every method at the same point of the run, or they hang.
+
+    Attributes:
+        store: keys and values that all ranks see.
+        name: identifies this launch and its restarts, and no other.
     """
 
-    launch: Launch
-    # Keys and values that all processes see
     store: distributed.Store = field(default_factory=distributed.HashStore)
-    name: str = ""  # of this launch and all its restarts, and of no other
+    name: str = ""
 
-    @property
-    def rank(self) -> int:
-        """The number of this process: 0 ... size - 1."""
-        return self.launch.rank
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        return self.launch.size
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one process that prints and writes."""
-        return self.launch.is_first
-
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """Put the sum over all processes in the place of `tensor`. For one on a GPU, the CPU does
-        not wait."""
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over all ranks. On a GPU, the CPU does not wait."""
         if self.size > 1:
             distributed.all_reduce(tensor)
-        return tensor
 
-    def largest(self, number: int) -> int:
-        """The largest of the numbers that the processes have. Goes from CPU to CPU."""
+    def all_reduce_max(self, number: int) -> int:
+        """Return the maximum of `number` over all ranks, without touching a GPU."""
         if self.size == 1:
             return number
         value = torch.tensor(number)  # ()
@@ -66,16 +51,15 @@ class Ranks:
         return int(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process has, in the order of their numbers."""
+        """Return the values of all ranks, in order of rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
 
-    def first_decides(self, decide: Callable[[], Any]) -> Any:
-        """Call `decide` in the first process only; all return what it returned. Where it raises
-        UserError the others exit without a word."""
+    def rank0_decides(self, decide: Callable[[], Any]) -> Any:
+        """Call `decide` on rank 0 alone; all return its result, or exit if it raises UserError."""
         decision = None
         try:
             decision = decide() if self.is_first else None
@@ -84,21 +68,21 @@ class Ranks:
             raise
         decision = self.gather(decision)[0]
         if isinstance(decision, UserError):
-            sys.exit(2)
+            sys.exit(2)  # rank 0 prints it
         return decision
 
     @contextmanager
-    def one_after_another(self) -> Iterator[None]:
-        """The first process of each machine goes first; the others find its files in the cache. At
-        the end all wait for each other.
+    def rank0_first(self) -> Iterator[None]:
+        """Let the first rank of each node go first; the others find its files in the cache.
 
-        Not a collective: one that lasts for ten minutes counts as failed, and it hears no signal.
+        All wait for each other at the end. Not by a collective: one that takes many minutes counts
+        as failed, and it does not notice signals.
         """
-        machine = f"machine {self.launch.machine}"
-        if self.launch.local_rank > 0:
-            self._wait_for([machine])
+        node = f"node {self.node}"
+        if self.local_rank > 0:
+            self._wait_for([node])
         yield
-        for key in (machine, f"rank {self.rank}"):
+        for key in (node, f"rank {self.rank}"):
             self.store.set(key, "prepared")
         self._wait_for([f"rank {rank}" for rank in range(self.size)])
 
@@ -106,31 +90,41 @@ class Ranks:
         while not self.store.check(keys):
             time.sleep(0.1)
 
-    def wrap(self, net: nn.Module) -> nn.Module:
-        """`net` with its gradients averaged over the processes in backward."""
-        return net if self.size == 1 else DistributedDataParallel(net)
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return `model` such that backward sums its gradients over all ranks.
 
-    def exchange_gradients(self, net: nn.Module, now: bool) -> AbstractContextManager:
-        """For a forward pass of the wrapped `net`: whether its backward averages the gradients, and
-        with them those that were only added up in this process before."""
-        if now or not isinstance(net, DistributedDataParallel):
-            return nullcontext()
-        return net.no_sync()
+        DDP would average them. But a step's loss is already divided by the masked tokens of all
+        ranks, so that the sum is the gradient of the whole step.
+        """
+        if self.size == 1:
+            return model
+        ddp_model = DistributedDataParallel(model)
+        ddp_model.register_comm_hook(None, _sum_gradients)
+        return ddp_model
 
 
-ALONE = Ranks(Launch())
+def _sum_gradients(
+    state: None, bucket: distributed.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
+    work = distributed.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None, "an asynchronous collective always has one"
+    return work.get_future().then(lambda summed: summed.value()[0])
 
-# Whoever lets go of a process group last waits for its threads. DistributedDataParallel does that
-# without giving away Python's lock, which a thread may need to finish: then both wait for ever. So
-# the last one is this list, when Python ends.
+
+ALONE = Ranks()
+
+# Releasing the last reference to a process group waits for its threads. DDP does that while it
+# holds Python's GIL, which one of those threads may need to finish: a deadlock. So this list holds
+# a reference until Python exits.
 _GROUPS: list[distributed.ProcessGroup | None] = []
 
 
 @contextmanager
 def all_ranks() -> Iterator[Ranks]:
-    """Meet the other processes that torchrun has started.
+    """Meet the other ranks that torchrun has started.
 
-    Raises UserError where that fails, or where one of them is gone.
+    Raises:
+        UserError: they cannot be reached, or one of them dies.
     """
     launch = this_launch()
     if launch.size == 1 and not launch.by_torchrun:
@@ -139,8 +133,8 @@ def all_ranks() -> Iterator[Ranks]:
     try:
         store, _, _ = next(distributed.rendezvous("env://"))
         name = store.compare_set("launch", "", uuid.uuid4().hex).decode()
-        # A restart finds the addresses of the processes before it in the same store, unless each
-        # attempt has names of its own.
+        # After a restart the same store still holds the addresses of the dead ranks, so each
+        # attempt has its own prefix.
         store = distributed.PrefixStore(f"attempt {launch.restarts}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(
@@ -148,17 +142,17 @@ def all_ranks() -> Iterator[Ranks]:
         )
         _GROUPS.append(distributed.group.WORLD)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot meet the other processes: {_first_line(error)}") from error
+        raise UserError(f"cannot reach the other processes: {_first_line(error)}") from error
     try:
-        yield Ranks(launch, store, name)
-    except SystemExit:  # all processes stop here, as a signal asked them to
+        yield Ranks(**asdict(launch), store=store, name=name)
+    except SystemExit:  # after a stop signal: all ranks end here
         distributed.destroy_process_group()
         raise
     except RuntimeError as error:
         if not any(name in str(error).lower() for name in ("gloo", "nccl", "tcpstore")):
             raise
         raise UserError(
-            "another process of this run is gone or out of reach, so this one ends too; --resume "
+            "another process of this run is gone or out of reach, so this one stops too; --resume "
             f"goes on from the last checkpoint ({_first_line(error)})"
         ) from error
     distributed.destroy_process_group()

@@ -1,4 +1,7 @@
-"""Where a run lives: names that never collide, run.json, and runs/latest."""
+"""The run directory: names that never collide, run.json, runs/latest, and what a resume may change.
+
+Does not import torch, so that `train.py --resume` reports wrong settings immediately.
+"""
 
 import contextlib
 import dataclasses
@@ -15,14 +18,12 @@ from typing import Any
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.launch import this_launch
+from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS
 
-RUNS = Path("runs")
-LATEST = RUNS / "latest"
-RUN_JSON = "run.json"
 LOCK = ".lock"
 
-# What a resumed run may do otherwise than it began; anything else would make it another run.
-MAY_CHANGE = {
+# Settings that a resume may change; any other change would make it another run.
+MAY_CHANGE_ON_RESUME = {
     "epochs",
     "max_steps",
     "log_every",
@@ -34,12 +35,12 @@ MAY_CHANGE = {
     "compile",
     "output_dir",
 }
-# What changes with the number of processes, so that the rows per step stay what they were.
-SHARED_OUT = {"batch_size", "accumulate"}
+# What depends on the number of ranks, so that the rows per step stay the same.
+PER_RANK = {"batch_size", "accumulate"}
 
 
 def check_output_dir(config: TrainConfig) -> None:
-    """Raise UserError where --output-dir holds a run or cannot be a directory."""
+    """Raise UserError if --output-dir holds a run already or cannot be a directory."""
     if config.output_dir is None:
         return
     run_dir = Path(config.output_dir)
@@ -54,16 +55,17 @@ def check_output_dir(config: TrainConfig) -> None:
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--output-dir {run_dir} is not a directory")
-    if (run_dir / "model").exists() or any(run_dir.glob("checkpoint-*")):
+    if (run_dir / MODEL).exists() or any(run_dir.glob("checkpoint-*")):
         raise UserError(
-            f"{run_dir} holds models that are not of a run of train.py: name another --output-dir"
+            f"{run_dir} holds models that are not from a run of train.py: name another --output-dir"
         )
 
 
 def make_run_dir(config: TrainConfig) -> Path:
     """Make the directory of a new run: --output-dir, or the first free runs/<recipe>-N.
 
-    Raises UserError where it cannot be made, or where another run has taken it meanwhile.
+    Raises:
+        UserError: it cannot be made, or another run has taken it meanwhile.
     """
     try:
         if config.output_dir is not None:
@@ -75,7 +77,7 @@ def make_run_dir(config: TrainConfig) -> Path:
         while True:
             run_dir = RUNS / (config.recipe if number == 1 else f"{config.recipe}-{number}")
             try:
-                run_dir.mkdir()  # of two runs that start at once, one gets this name
+                run_dir.mkdir()  # if two runs start at once, only one gets this name
                 return run_dir
             except FileExistsError:
                 number += 1
@@ -85,10 +87,12 @@ def make_run_dir(config: TrainConfig) -> Path:
 
 @contextlib.contextmanager
 def claim(run_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a run directory. The system frees the lock when this process
-    ends, however it ends.
+    """Keep other processes out of a run directory.
 
-    Raises UserError where another one has it, or where nothing can be written.
+    The system releases the lock when this process ends, however it ends.
+
+    Raises:
+        UserError: another process has it, or nothing can be written.
     """
     with contextlib.ExitStack() as opened:
         try:
@@ -105,10 +109,12 @@ def claim(run_dir: Path) -> Iterator[None]:
 
 
 def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> TrainConfig:
-    """The settings of the run in `output_dir` (None: the newest run), with `changes`. Another
-    number of processes shares out the same rows per step.
+    """Return the settings of the run in `output_dir` (None: the newest run), with `changes`.
 
-    Raises UserError if there is no run, or if a change would make it another run.
+    Another number of ranks shares the same rows per step.
+
+    Raises:
+        UserError: there is no run, or a change would make it another run.
     """
     run_dir = LATEST.resolve() if output_dir is None else Path(output_dir)
     try:
@@ -117,38 +123,45 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
             name: tuple(value) if isinstance(value, list) else value
             for name, value in noted["config"].items()
         }
-        # The same command line again is no change, however the rows are shared out now.
+        # The same command line again is no change, however the rows are shared now.
         changes = {name: value for name, value in changes.items() if value != saved.get(name)}
-        saved |= _shared_out(saved["batch_size"], saved["accumulate"], noted["processes"])
+        saved |= _per_rank(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
+    check_same_run({name: saved.get(name) for name in changes}, changes)
     for name, value in changes.items():
-        begun_with = saved.get(name)
-        if name not in MAY_CHANGE and begun_with != value:
-            raise UserError(
-                f"--resume: this run was begun with {name} {begun_with!r}, not {value!r}; "
-                "begin a new run for that"
-            )
-        if name != "output_dir" and begun_with != value:
-            print(f"changed: {name} is {value} now, not {begun_with}")
+        if name != "output_dir" and saved.get(name) != value:
+            print(f"changed: {name} is {value} now, not {saved.get(name)}")
     try:
         return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
-    except TypeError as error:  # a setting that there is not, or no longer
+    except TypeError as error:  # an unknown setting
         raise UserError(f"--resume: {run_dir} was begun by another version: {error}") from error
 
 
-def _shared_out(batch_size: int, accumulate: int, processes: int) -> dict[str, int]:
-    """The batch_size (no larger) and accumulate with which the processes that there are now do the
-    same steps as `processes`, with which the run was begun."""
+def check_same_run(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError if a setting that must not change on a resume differs from `begun`."""
+    for name, value in begun.items():
+        if name not in MAY_CHANGE_ON_RESUME and now[name] != value:
+            raise UserError(
+                f"--resume: this run was begun with {name} {value!r}, not {now[name]!r}; begin a "
+                "new run for that"
+            )
+
+
+def _per_rank(batch_size: int, accumulate: int, processes: int) -> dict[str, int]:
+    """Find the batch_size (not larger) and accumulate that keep a step's rows the same.
+
+    `processes` is the number of ranks that the run was begun with.
+    """
     now, rows = this_launch().size, batch_size * accumulate * processes
     if now == processes:
         return {}
     if rows % now > 0:
         raise UserError(
             f"--resume: this run has {rows} rows per step, which {now} processes cannot share: "
-            "take a divisor of that number"
+            "use a divisor of that number"
         )
     share = rows // now
     size = max(size for size in range(1, batch_size + 1) if share % size == 0)
@@ -160,7 +173,7 @@ def _shared_out(batch_size: int, accumulate: int, processes: int) -> dict[str, i
 
 
 def run_of_launch(output_dir: str | None, launch: str) -> Path | None:
-    """The run that this launch of processes has begun or gone on with before, if any."""
+    """Find the run that this launch has begun or resumed before it was restarted."""
     for run_dir in [Path(output_dir)] if output_dir else RUNS.glob("*"):
         try:
             noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
@@ -172,8 +185,10 @@ def run_of_launch(output_dir: str | None, launch: str) -> Path | None:
 
 
 def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
-    """Note what the run was told, what it runs on and in which launch of processes. How it is
-    shared out among processes stays as it was begun."""
+    """Note the settings, the versions of the packages, and the launch.
+
+    After a resume, settings per rank and the number of ranks stay those that the run began with.
+    """
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content: dict[str, Any] = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
@@ -186,25 +201,12 @@ def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
         if (run_dir / RUN_JSON).exists():
             begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
             content["processes"] = begun["processes"]
-            content["config"] |= {name: begun["config"][name] for name in SHARED_OUT}
+            content["config"] |= {name: begun["config"][name] for name in PER_RANK}
         unfinished = run_dir / f".{RUN_JSON}"
         unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         os.replace(unfinished, run_dir / RUN_JSON)
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
-
-
-def newest_model() -> Path:
-    """The model of the newest run; of one that did not finish, its newest checkpoint."""
-    if (LATEST / "model").is_dir():
-        return LATEST / "model"
-    from mlm_scratch.run.checkpoint import newest_valid_checkpoint
-
-    checkpoint = newest_valid_checkpoint(LATEST) if LATEST.is_dir() else None
-    if checkpoint is None:
-        raise UserError("there is no trained model yet: run python train.py, or name a --model")
-    print(f"{LATEST} is not finished: using {checkpoint.name}", file=sys.stderr)
-    return checkpoint
 
 
 def point_latest_to(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells: progress bar, metrics.jsonl, TensorBoard, the picture of the loss."""
+"""The numbers of a run: summed on the device, then to metrics.jsonl, TensorBoard and loss.png."""
 
 import json
 import math
@@ -8,20 +8,106 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mlm_scratch.parallel.ranks import ALONE, Ranks
+from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.progress import progress_bar
 
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
+MAX_NONFINITE_STEPS = 10  # after 10 non-finite losses in a row the weights are beyond repair
 
 
-class Report:
+class LossMeter:
+    """Sums of the losses of a run, on the device: reading one makes the CPU wait for the GPU."""
+
+    def __init__(self, device: torch.device, log_every: int, ranks: Ranks = ALONE):
+        self.ranks = ranks
+        self.check_every = min(log_every, MAX_NONFINITE_STEPS)
+        self.sum = torch.zeros((), device=device)  # () losses since the last log
+        self.steps = 0  # since the last log, those with masked tokens
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # () steps of the run
+        self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)  # () up to the last step
+
+    def add(self, loss: Tensor, n_masked: int) -> None:
+        """Add the loss of a step, (), this rank's part of it, without reading it."""
+        self.ranks.all_reduce_sum(loss)
+        self.steps += n_masked > 0
+        self.sum += loss
+        nonfinite = ~loss.isfinite()  # ()
+        self.nonfinite += nonfinite
+        self.nonfinite_in_a_row += nonfinite
+        self.nonfinite_in_a_row *= nonfinite
+
+    def take_mean(self) -> float:
+        """Return the mean loss since the last log; synchronizes with the GPU, once per log_every.
+
+        0 if no step had a masked token.
+        """
+        loss = self.sum.item() / max(self.steps, 1)
+        self.sum.zero_()
+        self.steps = 0
+        return loss
+
+    def stop_if_diverged(self, step: int) -> None:
+        """Raise UserError after MAX_NONFINITE_STEPS non-finite losses in a row.
+
+        Looks only every `check_every` steps, since reading synchronizes with the GPU.
+        """
+        if step % self.check_every > 0:
+            return
+        if (nonfinite := self.nonfinite_in_a_row.item()) >= MAX_NONFINITE_STEPS:
+            raise UserError(
+                f"the loss was NaN or infinite in the last {nonfinite} steps, up to step {step}; "
+                "earlier checkpoints are kept: begin a new run with a lower --lr, or with "
+                "--precision bf16 or fp32 instead of fp16"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums, under the names that they have in checkpoints."""
+        return {
+            "steps_since_log": self.steps,
+            "loss_since_log": self.sum,
+            "lost_in_a_row": self.nonfinite_in_a_row,
+            "lost_steps": self.nonfinite,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sums that `state_dict` returned."""
+        self.steps = state["steps_since_log"]
+        self.sum.copy_(state["loss_since_log"])
+        self.nonfinite_in_a_row.copy_(state["lost_in_a_row"])
+        self.nonfinite.copy_(state["lost_steps"])
+
+
+class NoReport:
+    """The report of every rank but the first: it ignores what rank 0 writes down."""
+
+    def close(self) -> None:
+        """Finish the bar and the files. Harmless if called twice."""
+
+    def advance(self, n_tokens: int) -> None:
+        """Count one optimizer step over n_tokens tokens."""
+
+    def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log the mean loss since the last log, and the rate and the gradient norm of this step."""
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Log and print the result of an evaluation."""
+
+    def sync(self) -> None:
+        """Flush all lines so far to the disk: a checkpoint must not outlive them."""
+
+
+class Report(NoReport):
     """Writes the metrics of a run as it goes. Use as a context manager.
 
-    metrics.jsonl holds no clock times, so equal runs have equal files; tokens per second go to the
-    progress bar and to TensorBoard only.
+    metrics.jsonl has no clock times, so that equal runs have equal files; tokens per second go to
+    the progress bar and to TensorBoard only.
     """
 
     def __init__(
@@ -32,10 +118,18 @@ class Report:
         steps_per_epoch: int,
         evaluated_at: int = 0,
     ):
-        """first_step: steps done so far; evaluated_at: steps done at the last evaluation. What an
-        interrupted run noted after them is dropped: it will be noted again."""
-        self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
-        _forget_after(first_step, evaluated_at, run_dir / METRICS)
+        """Open the files of `run_dir`.
+
+        Args:
+            run_dir: the run directory.
+            first_step: steps done so far; later lines of an interrupted run are dropped, because
+                they will be logged again.
+            total_steps: the length of the run.
+            steps_per_epoch: optimizer steps per epoch.
+            evaluated_at: steps done at the last evaluation; later evaluations are dropped, too.
+        """
+        self.steps_per_epoch = steps_per_epoch
+        _drop_later_lines(first_step, evaluated_at, run_dir / METRICS)
         self.metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "logs", purge_step=first_step + 1)
         self.bar = progress_bar(
@@ -50,23 +144,23 @@ class Report:
         self.close()
 
     def close(self) -> None:
-        """Finish the bar and the files; once more does no harm."""
+        """Close the bar and the files."""
         self.bar.close()
         self.board.close()
         self.metrics.close()
 
     def advance(self, n_tokens: int) -> None:
-        """Count one optimizer step over n_tokens tokens."""
+        """Move the bar."""
         self.bar.update()
         self.tokens += n_tokens
 
     def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Note the training metrics: mean loss since the last log, the rest of this step."""
+        """Write a line of training metrics, with tokens per second outside metrics.jsonl."""
         now = time.perf_counter()
         tokens_per_second = self.tokens / (now - self.since)
         self.tokens, self.since = 0, now
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-        self._write({"step": step, "epoch": self._epoch(step), **values})
+        self._write(step, values)
         for name, value in {**values, "tokens_per_second": tokens_per_second}.items():
             self.board.add_scalar(f"train/{name}", value, step)
         self.bar.set_postfix_str(
@@ -75,8 +169,8 @@ class Report:
         )
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Note the result of an evaluation."""
-        self._write({"step": step, "epoch": self._epoch(step), **values})
+        """Write a line of evaluation metrics, and print it."""
+        self._write(step, values)
         for name, value in values.items():
             self.board.add_scalar(f"eval/{name.removeprefix('eval_')}", value, step)
         with tqdm.external_write_mode():
@@ -89,45 +183,29 @@ class Report:
         self.tokens = 0
 
     def sync(self) -> None:
-        """Bring the lines up to now down to the disk: a checkpoint must not outlive them."""
+        """Call fsync on metrics.jsonl."""
         os.fsync(self.metrics.fileno())
 
-    def _epoch(self, step: int) -> float:
-        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        return epoch + (step_of_epoch + 1) / self.steps_per_epoch  # as Trainer rounds it
-
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        line = {"step": step, "epoch": epoch_of(step, self.steps_per_epoch), **values}
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
 
 
-class NoReport:
-    """The report of all processes but the first: nothing."""
-
-    def close(self) -> None:
-        """Nothing was opened."""
-
-    def advance(self, n_tokens: int) -> None:
-        """The first process counts the tokens of all."""
-
-    def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """The first process notes the same numbers."""
-
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """The first process notes the same numbers."""
-
-    def sync(self) -> None:
-        """Nothing was written."""
+def epoch_of(step: int, steps_per_epoch: int) -> float:
+    """Return the epochs done after `step` steps, added up and hence rounded as in Trainer."""
+    epoch, step_of_epoch = divmod(step - 1, steps_per_epoch)
+    return epoch + (step_of_epoch + 1) / steps_per_epoch
 
 
-def _forget_after(last_step: int, last_evaluation: int, metrics: Path) -> None:
-    """Cut the file where the lines of later steps begin, or a line that was not finished."""
+def _drop_later_lines(last_step: int, last_evaluation: int, metrics: Path) -> None:
+    """Truncate the file where lines of later steps begin, or at an unfinished line."""
     metrics.touch()
     kept = 0
     with metrics.open("rb+") as file:
         for line in file:
             if _is_later(line, last_step, last_evaluation):
-                break  # also at a line that is not ours, and so at what follows it
+                break  # an unreadable line ends the file, too
             kept += len(line)
         file.truncate(kept)
 
@@ -138,23 +216,23 @@ def _is_later(line: bytes, last_step: int, last_evaluation: int) -> bool:
         last = last_evaluation if "eval_loss" in values else last_step
         return not line.endswith(b"\n") or values["step"] > last
     except (ValueError, KeyError, TypeError, RecursionError):
-        if line.endswith(b"\n"):  # else a kill came while it was written
+        if line.endswith(b"\n"):  # else a kill interrupted the write
             print(
-                f"warning: {METRICS}: dropped from a line on that cannot be read: {line[:40]!r}",
+                f"warning: {METRICS}: dropped from the first unreadable line on: {line[:40]!r}",
                 file=sys.stderr,
             )
         return True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Read the lines of metrics.jsonl."""
     with (run_dir / METRICS).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def draw_losses(run_dir: Path) -> None:
     """Draw loss.png, training and evaluation loss over the steps, from metrics.jsonl."""
-    import matplotlib  # half a second to import, needed once at the very end
+    import matplotlib  # half a second to import, needed once, at the very end
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

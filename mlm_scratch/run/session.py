@@ -1,4 +1,4 @@
-"""The frame around the loop: from the settings to a finished run directory."""
+"""A run from its settings to a finished run directory: `train`, and the frame around the loop."""
 
 import re
 import shlex
@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.data.stream import StreamLoader
-from mlm_scratch.explain.__main__ import short_form
-from mlm_scratch.loader import Loader
-from mlm_scratch.parallel.ranks import Ranks
-from mlm_scratch.run.build import Training, prepare
-from mlm_scratch.run.checkpoint import newest_valid_checkpoint, save_model
+from mlm_scratch.hf.checks import weights_are_finite
+from mlm_scratch.loop import run_steps
+from mlm_scratch.parallel.ranks import Ranks, all_ranks
+from mlm_scratch.run.build import prepare
+from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.directory import (
-    LATEST,
     check_output_dir,
     claim,
     make_run_dir,
@@ -27,74 +25,96 @@ from mlm_scratch.run.directory import (
     run_of_launch,
     write_run_json,
 )
+from mlm_scratch.run.first_row import first_row_lines
 from mlm_scratch.run.metrics import NoReport, Report, draw_losses
 from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.run.state import Training
+from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
 
-MODEL = "model"
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train with these settings, from the start or from the newest valid checkpoint of a run.
+
+    Returns:
+        the run directory, with the final model in `model/`.
+
+    Raises:
+        UserError: something that the user can fix.
+        SystemExit: 128 + signal after a stop signal, once a checkpoint is written.
+    """
+    with all_ranks() as ranks, open_run(config, resume, ranks) as run:
+        t = run.training
+        # If a signal cut this step's evaluation short before the resume, it is run now.
+        stopped = t.evaluation_is_due() and t.evaluate_and_save(run.report, run.stop)
+        run.conclude(stopped or run_steps(t, run.report, run.stop))
+    return t.run_dir
 
 
 @dataclass
 class Run:
-    """A run while it is open: its directory, and what its steps need."""
+    """A run while it is open."""
 
-    directory: Path
     training: Training
-    report: Report | NoReport
+    report: NoReport
     stop: StopRequest
 
     def conclude(self, stopped: bool) -> None:
-        """Leave behind what a finished run leaves, or after a stop signal say how to go on."""
+        """Write what a finished run leaves behind, or after a stop signal print how to resume."""
         t = self.training
         self.report.close()
         if t.ranks.is_first:
-            draw_losses(self.directory)
+            draw_losses(t.run_dir)
         if stopped:
-            print(f"stopped; go on with: {_resume_command(self.directory)}", flush=True)
+            print(f"stopped; go on with: {_resume_command(t.run_dir)}", flush=True)
             raise SystemExit(128 + self.stop.agreed)
-        if not t.weights_are_finite():
+        if not weights_are_finite(t.hf_model):
             raise UserError(
                 f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
                 "save; begin a new run with a lower --lr or --weight-decay"
             )
         if t.ranks.is_first:
-            if lost := t.lost_steps.item():
-                print(f"warning: {lost} steps had a NaN or infinite loss", file=sys.stderr)
-            save_model(self.directory / MODEL, t.model, t.tokenizer)
+            if nonfinite := t.losses.nonfinite.item():
+                print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
+            save_model(t.run_dir / MODEL, t.hf_model, t.tokenizer)
 
 
 @contextmanager
 def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
-    """Prepare all that the loop needs, in a run directory that is this run's alone. What goes wrong
-    with the directory is a UserError.
+    """Prepare all that the loop needs, in a run directory that belongs to this run alone.
 
-    Only the first process makes, claims and writes it.
+    Only rank 0 makes, locks and writes it.
+
+    Raises:
+        UserError: also for whatever goes wrong with the directory while the run is open.
     """
-    config, resume = ranks.first_decides(lambda: _what_to_run(config, resume, ranks))
+    config, resume = ranks.rank0_decides(lambda: _what_to_run(config, resume, ranks))
     with ExitStack() as held:
         if resume:
             directory = Path(config.output_dir or LATEST)
-            ranks.first_decides(lambda: held.enter_context(claim(directory)))
-            checkpoint = ranks.first_decides(lambda: _checkpoint_to_resume(directory))
+            ranks.rank0_decides(lambda: held.enter_context(claim(directory)))
+            checkpoint = ranks.rank0_decides(lambda: _checkpoint_to_resume(directory))
             t = prepare(config, checkpoint, ranks)
         else:
-            ranks.first_decides(lambda: check_output_dir(config))
+            ranks.rank0_decides(lambda: check_output_dir(config))
             t = prepare(config, None, ranks)
-            # Only now that nothing is wrong with text and model:
-            directory = ranks.first_decides(lambda: _new_directory(config, held))
+            # Only now that text and model are known to be fine:
+            directory = ranks.rank0_decides(lambda: _new_directory(config, held))
+        t.run_dir = directory
         if isinstance(t.loader, StreamLoader):
-            held.callback(t.loader.close)
+            held.callback(t.loader.stream.close)
         with (
-            _told_in_one_line(directory),
+            _directory_errors(directory),
             StopRequest(ranks) as stop,
-            _begin(t, directory) if ranks.is_first else nullcontext(NoReport()) as report,
+            _begin(t) if ranks.is_first else nullcontext(NoReport()) as report,
         ):
-            yield Run(directory, t, report, stop)
+            yield Run(t, report, stop)
 
 
 def _what_to_run(config: TrainConfig, resume: bool, ranks: Ranks) -> tuple[TrainConfig, bool]:
-    """What was asked for, or after a restart the same run again from its last checkpoint."""
-    if ranks.launch.restarts:
+    """Return the settings given, or after a restart by torchrun those of the same run, resumed."""
+    if ranks.restarts:
         begun = run_of_launch(config.output_dir, ranks.name)
         if begun is not None:
             return resumed_config(begun, {}), True
@@ -116,55 +136,55 @@ def _checkpoint_to_resume(directory: Path) -> Path | None:
             "begin a new run"
         )
     if checkpoint is None:
-        print(f"{directory} has no checkpoint yet: from the beginning")
+        print(f"{directory} has no checkpoint yet: starting from the beginning")
     return checkpoint
 
 
-def _begin(t: Training, directory: Path) -> Report:
-    """Put the directory in the state in which the first step of this process finds it."""
-    shutil.rmtree(directory / MODEL, ignore_errors=True)  # after a resume it is final no longer
+def _begin(t: Training) -> Report:
+    """Bring the run directory into the state that the first step of this process expects."""
+    shutil.rmtree(t.run_dir / MODEL, ignore_errors=True)  # no longer final after a resume
     if t.steps_done:
-        t.remove_old_checkpoints(directory)  # where a kill came before it
-    write_run_json(t.config, directory, t.ranks.name)
-    point_latest_to(directory)
-    together = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
-    if not t.steps_done and isinstance(t.loader, Loader):
-        print(*short_form(t.loader, t.tokenizer, t.config), sep="\n")
-    print(f"run: {directory}, steps {t.steps_done} to {t.total_steps}{together}", flush=True)
-    return Report(directory, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)
+        t.remove_old_checkpoints()  # where a kill came before it
+    write_run_json(t.config, t.run_dir, t.ranks.name)
+    point_latest_to(t.run_dir)
+    if not t.steps_done and not isinstance(t.loader, StreamLoader):
+        print(*first_row_lines(t.loader, t.tokenizer, t.config), sep="\n")
+    ranks = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
+    print(f"run: {t.run_dir}, steps {t.steps_done} to {t.total_steps}{ranks}", flush=True)
+    return Report(t.run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)
 
 
 @contextmanager
-def _told_in_one_line(directory: Path) -> Iterator[None]:
-    """Turn what the system refuses into a UserError."""
-    report_of_thread = threading.excepthook
+def _directory_errors(directory: Path) -> Iterator[None]:
+    """Turn what the system refuses during a run into a UserError."""
+    excepthook = threading.excepthook
 
-    def report_once(thread: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread: its OSError comes up here at the next line it is to write."""
+    def ignore_os_errors(thread: threading.ExceptHookArgs) -> None:
+        """Ignore TensorBoard's thread: its OSError is raised here, too, with its next line."""
         if not issubclass(thread.exc_type, OSError):
-            report_of_thread(thread)
+            excepthook(thread)
 
-    threading.excepthook = report_once
+    threading.excepthook = ignore_os_errors
     try:
         yield
     except RuntimeError as error:
-        # Raised wherever this process is just then.
+        # DataLoader's signal handler raises it wherever this process happens to be.
         if not re.search("DataLoader worker .* (is killed|exited)", str(error)):
             raise
         raise UserError(
-            "a process that reads the stream ahead was killed (for its memory?); go on with: "
+            "a process that reads the stream ahead was killed (out of memory?); go on with: "
             f"{_resume_command(directory)}"
         ) from error
-    except BrokenPipeError:  # nobody reads what is printed: that is no fault of the directory
+    except BrokenPipeError:  # the reader of our output is gone: not the directory's fault
         raise
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(
             f"cannot write to {directory}: {error.strerror or error}{where}; its checkpoints are "
-            f"kept: mend that, then go on with: {_resume_command(directory)}"
+            f"kept: fix that, then go on with: {_resume_command(directory)}"
         ) from error
     finally:
-        threading.excepthook = report_of_thread
+        threading.excepthook = excepthook
 
 
 def _resume_command(directory: Path) -> str:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop; the loop answers when its step is done."""
+"""SIGINT and SIGTERM ask a run to stop; the loop does so after the current step."""
 
 import signal
 import threading
@@ -8,15 +8,15 @@ from mlm_scratch.parallel.ranks import ALONE, Ranks
 
 
 class StopRequest:
-    """While entered, remembers the first stop signal instead of dying of it.
+    """While entered, remembers the first stop signal instead of dying from it.
 
-    A second SIGINT interrupts at once, as if nobody listened.
+    A second SIGINT interrupts immediately, as usual.
     """
 
     def __init__(self, ranks: Ranks = ALONE):
         self.ranks = ranks
-        self.received = 0  # the number of the signal that this process got
-        self.agreed = 0  # of the one that all processes know of
+        self.received = 0  # number of the signal that this process received
+        self.agreed = 0  # number of the one that all ranks know of
 
     def __enter__(self) -> "StopRequest":
         self._previous = {}
@@ -34,10 +34,12 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def asked(self) -> bool:
-        """Whether any process was asked to stop. All of them have to ask this at the same point:
-        so they stop after the same step."""
-        self.agreed = self.ranks.largest(self.received)
+    def agreed_by_all_ranks(self) -> bool:
+        """Whether any rank received a signal. All ranks call this at the same point (all-reduce).
+
+        So they stop after the same step.
+        """
+        self.agreed = self.ranks.all_reduce_max(self.received)
         return self.agreed > 0
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

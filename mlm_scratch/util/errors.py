@@ -1,4 +1,4 @@
-"""What the user can mend is told in one line; everything else keeps its traceback."""
+"""Errors that the user can fix are reported in one line; all others keep their traceback."""
 
 import argparse
 import errno
@@ -12,11 +12,11 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and what to do."""
+    """Something the user can fix. The message says what is wrong, where, and what to do."""
 
 
 def shortened(text: str) -> str:
-    """A text as it is quoted in an error."""
+    """Quote a text for an error message, cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -24,29 +24,29 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage text before an error: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would have printed (it still exits by itself after --help)."""
+        """Raise what argparse would print; --help still prints and exits by itself."""
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
 def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and turn what it raises into an exit code.
 
-    Returns: what `main` returned (None counts as 0), 2 after a UserError or with a disk too full
-    for the output, 130 after Ctrl-C, 141 where nobody reads the output any more. SIGTERM exits
-    with 143.
+    Returns:
+        what `main` returned (None counts as 0); 2 after a UserError or if the output cannot be
+        written; 130 after Ctrl-C; 141 if the reader of the output has gone. SIGTERM exits with 143.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  was closed by the caller
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  the caller closed it
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without "Ġ" or "█" shows a ?
+            stream.reconfigure(errors="replace")  # a terminal without "Ġ" or "█" shows "?"
     try:
         code = main() or 0
-        print(end="", flush=True)  # a full disk shows here at the latest
+        print(end="", flush=True)  # a full disk shows up here at the latest
         return code
     except UserError as error:
-        message = " ".join(str(error).split())  # whatever was quoted in it: one line
+        message = " ".join(str(error).split())  # one line, whatever the message quotes
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (process {rank})"
         print(f"error{where}: {message}", file=sys.stderr)
@@ -54,7 +54,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         if error.errno == errno.EPIPE:
             return 128 + signal.SIGPIPE
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""What torchrun told this process: how many there are, and which of them it is."""
+"""What torchrun tells this process: the number of ranks, and which of them it is.
+
+Does not import torch, so that `--help` and every error before training appear immediately.
+"""
 
 import os
 from dataclasses import dataclass
@@ -8,32 +11,37 @@ from mlm_scratch.util.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among those of one run; by default it is alone.
+    """The place of this process among the ranks of a run; by default it is the only one.
 
-    rank: its number, 0 ... size - 1. local_rank: its number among the local_size on its machine.
-    machine: the number of that machine. restarts: how often all processes were started again.
-    by_torchrun: whether there is a torchrun that watches over them.
+    Attributes:
+        rank: its number, 0 ... size - 1.
+        size: the number of ranks.
+        local_rank: its number among the local_size ranks on its node.
+        local_size: the number of ranks on its node.
+        node: the number of that node.
+        restarts: how often torchrun has restarted all ranks.
+        by_torchrun: whether a torchrun supervises them.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    machine: int = 0
+    node: int = 0
     restarts: int = 0
     by_torchrun: bool = False
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that prints and writes."""
+        """Whether this is the one rank that prints and writes."""
         return self.rank == 0
 
 
 def this_launch() -> Launch:
-    """Read the environment variables that torchrun sets. Raises UserError for nonsense in them."""
+    """Read the environment variables that torchrun sets. Raises UserError if one is no number."""
 
     def number(name: str, default: int) -> int:
-        """The value of a variable."""
+        """Return the value of one variable."""
         text = os.environ.get(name, str(default))
         if not text.isdecimal():
             raise UserError(f"the environment variable {name} must be a number, got {text!r}")
@@ -42,13 +50,13 @@ def this_launch() -> Launch:
     if "WORLD_SIZE" not in os.environ:
         return Launch()
     launch = Launch(
-        number("RANK", 0),
-        number("WORLD_SIZE", 1),
-        number("LOCAL_RANK", 0),
-        number("LOCAL_WORLD_SIZE", 1),
-        number("GROUP_RANK", 0),
-        number("TORCHELASTIC_RESTART_COUNT", 0),
-        "TORCHELASTIC_RUN_ID" in os.environ,
+        rank=number("RANK", 0),
+        size=number("WORLD_SIZE", 1),
+        local_rank=number("LOCAL_RANK", 0),
+        local_size=number("LOCAL_WORLD_SIZE", 1),
+        node=number("GROUP_RANK", 0),
+        restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
+        by_torchrun="TORCHELASTIC_RUN_ID" in os.environ,
     )
     if launch.rank >= launch.size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Progress bars that are quiet where nobody watches."""
+"""Progress bars that stay quiet in log files."""
 
 import sys
 from typing import Any
@@ -9,8 +9,7 @@ from mlm_scratch.util.launch import this_launch
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """A tqdm bar; in a log file, where every refresh is a line that stays, one every 15 seconds.
-    Of several processes only the first shows its bars."""
+    """Return a tqdm bar. Only rank 0 shows it; in a log file it prints a line every 15 seconds."""
     interval = 0.1 if sys.stderr.isatty() else 15
     disable = kwargs.pop("disable", False) or not this_launch().is_first
     return tqdm(*args, mininterval=interval, disable=disable, **kwargs)

@@ -1,4 +1,4 @@
-"""Streaming: every document once, exact resume, the same rows for any number of processes."""
+"""Streaming: every document once, exact resume, the same rows for any number of ranks."""
 
 import json
 import os
@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from mlm_scratch import loop
-from mlm_scratch.data.rows import load_documents
-from mlm_scratch.data.stream import StreamLoader
+from mlm_scratch.data.documents import load_documents
+from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.load import load_tokenizer
-from mlm_scratch.loop import train
-from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.loader import Collator
+from mlm_scratch.run.session import train
+from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.util.errors import UserError
-from tests.parallel.test_ranks import assert_same_curve, finish, forget_after, launch
-from tests.support.same import assert_same_run
-from tests.support.tiny import SENTENCES, save_roberta, small_config
+from tests.support.processes import finish, forget_after, forked
+from tests.support.same import assert_same_curve, assert_same_run
+from tests.support.tiny import NO_DROPOUT, SENTENCES, save_files, small_config, write_text
 
 TEXTS = [f"{i} {SENTENCES[i % len(SENTENCES)]}" for i in range(501)]
 
@@ -27,23 +28,21 @@ TEXTS = [f"{i} {SENTENCES[i % len(SENTENCES)]}" for i in range(501)]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A model without dropout, and 501 documents of about 20 tokens."""
-    directory = tmp_path_factory.mktemp("files")
-    save_roberta(directory / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    (directory / "a.txt").write_text("\n".join(TEXTS))
+    directory = save_files(tmp_path_factory.mktemp("files"), TEXTS, **NO_DROPOUT)
     (directory / "b.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     for part in range(16):
-        (directory / f"part-{part}.txt").write_text("\n".join(TEXTS[part::16]))
+        write_text(directory / f"part-{part}.txt", TEXTS[part::16])
     return directory
 
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    """10 documents in a buffer, so that a lane of 31 soon comes to the next, and to its end."""
-    monkeypatch.setattr("mlm_scratch.data.rows.TEXTS_PER_BATCH", 10)
+    """10 documents per buffer, so that a shard of 31 soon reaches the next one, and its end."""
+    monkeypatch.setattr("mlm_scratch.data.documents.TEXTS_PER_BATCH", 10)
 
 
 def config(files, **settings):
-    """70 steps of 16 rows from 16 lanes: a little more than all documents."""
+    """70 steps of 16 rows from 16 shards: a little more than one pass."""
     return small_config(
         files,
         **{
@@ -59,24 +58,20 @@ def config(files, **settings):
 
 
 @pytest.mark.parametrize("names", [["a.txt"], [f"part-{part}.txt" for part in range(16)]])
-def test_a_pass_has_every_document_of_a_lane_once_and_shuffled(files, small_buffers, names):
+def test_a_pass_has_every_document_of_a_shard_once_and_shuffled(files, small_buffers, names):
     settings = config(files, train_file=tuple(str(files / name) for name in names))
-    loader = StreamLoader(
-        load_documents(settings)[0],
-        load_tokenizer(settings.model),
-        settings,
-        torch.device("cpu"),
-        ALONE,
-    )
-    lanes = [[] for _ in range(16)]
+    tokenizer = load_tokenizer(settings.model)
+    stream = ShardedStream(load_documents(settings)[0], tokenizer, settings)
+    loader = StreamLoader(stream, Collator(tokenizer, settings), settings, torch.device("cpu"))
+    shards = [[] for _ in range(16)]
     for step in loader.steps(0, 70):
         (batch,) = step.batches
         ids = torch.where(batch.labels == -100, batch.input_ids, batch.labels)  # (16, T) unmasked
-        for lane in range(16):
-            lanes[lane] += ids[lane].tolist()
-    for lane, ids in enumerate(lanes):
-        own = TEXTS[lane::16]
-        texts = loader.tokenizer.decode(ids).removeprefix("<s>").split("</s><s>")
+        for shard in range(16):
+            shards[shard] += ids[shard].tolist()
+    for shard, ids in enumerate(shards):
+        own = TEXTS[shard::16]
+        texts = tokenizer.decode(ids).removeprefix("<s>").split("</s><s>")
         assert Counter(texts[: len(own)]) == Counter(own)
         assert texts[:10] != own[:10] and Counter(texts[:10]) == Counter(own[:10])
 
@@ -99,18 +94,18 @@ def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, names, sett
         assert_same_run(whole, train(settings, resume=True))
 
 
-def test_any_number_of_processes_streams_the_same(files):
+def test_any_number_of_ranks_streams_the_same(files):
     alone = train(config(files, output_dir="alone", batch_size=20, whole_word=True))
-    for processes, step in ((2, 0), (4, 30)):
-        settings = config(files, output_dir="run", batch_size=20 // processes, whole_word=True)
+    for ranks, step in ((2, 0), (4, 30)):
+        settings = config(files, output_dir="run", batch_size=20 // ranks, whole_word=True)
         flags = [settings] if step == 0 else ["--resume", "--output-dir", "run"]
         forget_after(step, Path("run"))
-        code, _, err = finish(launch(processes, *flags))
+        code, _, err = finish(forked(ranks, *flags))
         assert code == 0, err
-        assert_same_curve(alone, "run")
+        assert_same_curve(alone, Path("run"))
 
 
-def test_what_is_wrong_with_a_stream_is_one_line(files, tmp_path):
+def test_errors_in_a_stream_are_reported_in_one_line(files, tmp_path):
     def error(text, **settings):
         path = tmp_path / "b.jsonl"
         path.write_text(text)
@@ -119,21 +114,23 @@ def test_what_is_wrong_with_a_stream_is_one_line(files, tmp_path):
         return str(raised.value)
 
     good = "\n".join(json.dumps({"text": text}) for text in TEXTS)
-    assert "has too little text for 16 lanes" in error('{"text": "one"}\n{"text": "two"}')
+    assert "has too little text for 16 shards" in error('{"text": "one"}\n{"text": "two"}')
     assert "has no column 'answer'" in error(good, text_column="answer")
-    broken = f"{good}\n" * 4 + '{"text": "no end\n'  # after what is read beforehand
+    broken = f"{good}\n" * 4 + '{"text": "no end\n'  # beyond what is read before training
     assert str(tmp_path / "b.jsonl") in error(broken, max_steps=10_000, lr=1e-9)
     assert "holds a NUL" in error('{"text": "a\\u0000b"}\n' * 8)
 
 
-def test_a_reader_that_is_killed_is_told_in_one_line(files, monkeypatch):
-    step = loop.masked_lm_loss
+def test_a_killed_worker_is_reported_in_one_line(files, monkeypatch):
+    step, children = loop.masked_lm_loss, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    others = children.read_text().split()
 
-    def kill_a_reader(*args, **kwargs):
-        for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+    def kill_workers(*args, **kwargs):
+        for child in children.read_text().split():
+            if child not in others:
+                os.kill(int(child), signal.SIGKILL)
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "masked_lm_loss", kill_a_reader)
+    monkeypatch.setattr(loop, "masked_lm_loss", kill_workers)
     with pytest.raises(UserError, match="a process that reads the stream ahead was killed"):
         train(config(files))

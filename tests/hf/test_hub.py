@@ -1,7 +1,6 @@
 """The recipe `tutorial` and the choice `auto`, with the Hub's real clients.
 
-Where the Hub is not, a stand-in on loopback serves a small model and a small data set under the
-tutorial's names.
+A stand-in on loopback serves a small model and a small data set under the tutorial's names.
 """
 
 import json
@@ -19,15 +18,16 @@ import torch
 
 from mlm_scratch.config import TUTORIAL
 from mlm_scratch.hf.hub import hub_answers
+from mlm_scratch.run.metrics import read_metrics
 from tests.support.hub_server import StandInHub
+from tests.support.processes import ROOT
 from tests.support.tiny import SENTENCES, save_roberta
 
-ROOT = Path(__file__).parents[2]
 MILKY_WAY = "The Milky Way is a <mask> galaxy."
 
 
 def questions(count):
-    """Rows in the schema of ELI5-category, every answer 60 words or more."""
+    """Rows in the schema of ELI5-category."""
     return [
         {
             "q_id": f"q{i}",
@@ -50,7 +50,7 @@ def questions(count):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The stand-in, not yet listening."""
+    """The stand-in, not listening yet."""
     root = tmp_path_factory.mktemp("repositories")
     torch.manual_seed(1)
     save_roberta(root / "model", max_position_embeddings=130 + 2)
@@ -64,12 +64,12 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """The clients' cache, filled by the first test and used by the later ones."""
+    """The clients' cache, filled by the first test and read by later ones."""
     return tmp_path_factory.mktemp("hf_home")
 
 
 def call(environment, *arguments, script="train.py"):
-    """Run a command line in a new process, in which the clients read their environment."""
+    """Run a command in a new interpreter: the clients read the environment at import."""
     return subprocess.run(
         [sys.executable, ROOT / script, *arguments],
         capture_output=True,
@@ -79,7 +79,8 @@ def call(environment, *arguments, script="train.py"):
     )
 
 
-def test_the_tutorial_runs_whole_against_the_hub(hub, home):
+@pytest.mark.slow
+def test_the_tutorial_runs_completely_against_the_hub(hub, home):
     token = "hf_" + 34 * "x"
     with hub:
         run = call(hub.environment(home) | {"HF_TOKEN": token}, "--recipe", "tutorial")
@@ -91,21 +92,23 @@ def test_the_tutorial_runs_whole_against_the_hub(hub, home):
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
     assert config == json.loads(json.dumps(vars(TUTORIAL))) | {"output_dir": "runs/tutorial"}
     assert "48 documents of data set dany0407/eli5_category" in run.stdout
-    lines = list(map(json.loads, Path("runs/tutorial/metrics.jsonl").read_text().splitlines()))
+    lines = read_metrics(Path("runs/tutorial"))
     assert [line["epoch"] for line in lines if "eval_loss" in line] == [1.0, 2.0]
     assert [line["step"] for line in lines if "loss" in line][:2] == [10, 20]
     fills = call(os.environ, MILKY_WAY, "--json", script="infer.py")
     assert len(json.loads(fills.stdout)) == 5
 
 
-def test_auto_takes_the_tutorial_where_the_hub_answers(hub, home):
+@pytest.mark.slow
+def test_auto_takes_the_tutorial_if_the_hub_answers(hub, home):
     with hub:
         run = call(hub.environment(home), "--max-steps", "2")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("recipe tutorial: the Hugging Face Hub answers\n")
 
 
-def test_auto_takes_the_tutorial_from_the_cache_where_nothing_answers(hub, home):
+@pytest.mark.slow
+def test_auto_takes_the_tutorial_from_the_cache_if_nothing_answers(hub, home):
     environment = hub.environment(home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     run = call(environment, "--max-steps", "2")
     assert run.returncode == 0, run.stderr
@@ -113,7 +116,8 @@ def test_auto_takes_the_tutorial_from_the_cache_where_nothing_answers(hub, home)
     assert "Retrying" not in run.stderr
 
 
-def test_auto_takes_the_bundled_recipe_where_there_is_nothing(hub, tmp_path):
+@pytest.mark.slow
+def test_auto_takes_the_bundled_recipe_without_hub_and_cache(hub, tmp_path):
     environment = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     run = call(environment, "--max-steps", "2", "--eval-fraction", "0")
     assert run.returncode == 0, run.stderr
@@ -121,7 +125,7 @@ def test_auto_takes_the_bundled_recipe_where_there_is_nothing(hub, tmp_path):
     assert Path("runs/bundled/model/model.safetensors").is_file()
 
 
-def test_a_hub_that_takes_the_call_and_never_speaks_is_left_in_time(monkeypatch):
+def test_a_hub_that_accepts_and_never_answers_is_given_up_in_time(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -132,7 +136,8 @@ def test_a_hub_that_takes_the_call_and_never_speaks_is_left_in_time(monkeypatch)
         assert 2 < time.monotonic() - start < 5
 
 
-def test_the_tutorial_is_an_error_where_it_was_asked_for(hub, tmp_path):
+@pytest.mark.slow
+def test_the_tutorial_by_name_is_an_error_without_hub_and_cache(hub, tmp_path):
     environment = hub.environment(tmp_path, offline=True)
     run = call(environment, "--recipe", "tutorial")
     assert run.returncode == 2
@@ -141,7 +146,8 @@ def test_the_tutorial_is_an_error_where_it_was_asked_for(hub, tmp_path):
     assert not Path("runs").exists()
 
 
-def test_a_model_that_the_hub_does_not_have(hub, home):
+@pytest.mark.slow
+def test_a_model_that_the_hub_does_not_have_is_an_error(hub, home):
     with hub:
         run = call(hub.environment(home) | {"HF_TOKEN": "hf_secret"}, "--model", "no/such")
     assert run.returncode == 2 and "hf_secret" not in run.stdout + run.stderr
@@ -149,9 +155,9 @@ def test_a_model_that_the_hub_does_not_have(hub, home):
 
 
 @pytest.mark.hub
+@pytest.mark.slow
 def test_the_real_hub():
-    """The real tutorial, shortened: the tokenizer's ids as the tutorial prints them, some steps,
-    and spiral among the fills."""
+    """The real tutorial, shortened: the ids are those that it prints, and a fill is spiral."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     probe = "from mlm_scratch.hf.hub import *; print(hub_answers(TUTORIAL.model, 10))"
     answer = subprocess.run(

@@ -1,10 +1,10 @@
-"""The fixed list of one-sentence prompts that a model trained on the bundled corpus is asked.
+"""The fixed list of one-sentence prompts for a model trained on the bundled corpus.
 
-A prompt counts as right when the first fill, stripped of spaces, is the answer. The list was
-written before a model was asked any of it, and no prompt leaves it because a model fails it.
+A prompt counts as right if the top fill, stripped of spaces, is the answer. The list was written
+before any model was tested on it, and no prompt is removed because a model fails it.
 """
 
-# Sentences that the generator emits, word for word: has the model learned what it was shown?
+# Sentences that occur in the corpus verbatim: has the model learned what it was shown?
 EMITTED = (
     # astronomy
     ("The Milky Way is a <mask> galaxy.", "spiral"),
@@ -78,9 +78,9 @@ EMITTED = (
     ("The famous name behind evolution is <mask>.", "Darwin"),
 )
 
-# Sentences that the generator never emits: has the model learned the fact, or only the sentence?
+# Sentences that never occur in the corpus: has the model learned the fact, or only the sentence?
 NEVER_EMITTED = (
-    # Known words, known fact, known phrasing, but this fact in this phrasing is held out.
+    # Known fact, known phrasing, but this fact is withheld in this phrasing.
     ("Earth is a <mask> planet.", "rocky"),
     ("What kind of star is Betelgeuse? It is a <mask> star.", "red"),
     ("Titan is a moon of <mask>.", "Saturn"),
@@ -121,7 +121,7 @@ NEVER_EMITTED = (
     ("The fastest land animal on Earth has a name: it is the <mask>.", "cheetah"),
     ("<mask> is famous for the telephone.", "Bell"),
     ("Who is famous for radium? It is <mask>.", "Curie"),
-    # Wordings of which the generator has no phrasing at all.
+    # Phrasings that the corpus does not have at all.
     ("The galaxy called the Milky Way is a <mask> galaxy.", "spiral"),
     ("The moon Phobos belongs to <mask>.", "Mars"),
     ("Rome is the capital city of <mask>.", "Italy"),

@@ -1,17 +1,17 @@
 """A stand-in for the Hugging Face Hub on the loopback interface, for tests without a network.
 
-It serves local directories as repositories, to the real clients: `huggingface_hub`,
-`transformers` and `datasets` talk to whatever server the variable HF_ENDPOINT names.
+It serves local directories as repositories to the real clients: `huggingface_hub`,
+`transformers` and `datasets` connect to the server that the variable HF_ENDPOINT names.
 
     with StandInHub(models={"user/model": model_dir}, datasets={"user/data": data_dir}) as hub:
         subprocess.run([...], env=hub.environment(cache_dir))
         print(hub.requests)
 
-A repository has one branch, `main`, with one commit: what the directory held when the stand-in
-was made. Only what the loading functions ask for is there:
+A repository has one branch, `main`, with one commit: the content of the directory when the
+stand-in was made. Only what the loading functions request is served:
 
     HEAD, GET  [/datasets]/<id>/resolve/<revision>/<path>             a file
-    GET        /api/{models,datasets}/<id>[/revision/<revision>]      about the repository
+    GET        /api/{models,datasets}/<id>[/revision/<revision>]      metadata of the repository
     GET        /api/{models,datasets}/<id>/tree/<revision>[/<path>]   the entries of a directory
 """
 
@@ -25,8 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-# The clients quote a revision or a tree's path with its slashes (`data%2Fen`), so the address is
-# taken apart first and unquoted afterwards.
+# The clients quote a revision or a tree's path with its slashes (`data%2Fen`), so the URL is
+# split first and unquoted afterwards.
 REPO_ID = r"(?P<repo_id>[^/]+/[^/]+)"
 FILE_ADDRESS = re.compile(
     rf"/((?P<kind>datasets)/)?{REPO_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
@@ -38,7 +38,7 @@ API_ADDRESS = re.compile(
 
 
 class HubError(Exception):
-    """An answer "404 Not Found". The clients choose their exception by its X-Error-Code."""
+    """A response "404 Not Found". The clients choose their exception by its X-Error-Code."""
 
     def __init__(self, code: str, message: str, **headers: str):
         super().__init__(message)
@@ -46,7 +46,7 @@ class HubError(Exception):
 
 
 class Repository:
-    """One commit of a repository. A commit never changes, so the files are read once, here."""
+    """One commit of a repository. It never changes, so its files are read once, here."""
 
     def __init__(self, repo_id: str, directory: Path):
         self.repo_id = repo_id
@@ -62,12 +62,12 @@ class Repository:
         } - {"."}
 
     def check_revision(self, revision: str) -> None:
-        """Refuse every revision but `main` and the commit itself."""
+        """Reject every revision but `main` and the commit itself."""
         if revision not in ("main", self.sha):
             raise HubError("RevisionNotFound", "Revision not found")
 
     def info(self) -> dict:
-        """What the Hub tells about a model or a dataset."""
+        """Return the metadata of a model or a data set."""
         return {
             "id": self.repo_id,
             "sha": self.sha,
@@ -81,19 +81,19 @@ class Repository:
         }
 
     def entry(self, path: str) -> dict:
-        """What the Hub tells about a file or a directory."""
+        """Return the metadata of a file or a directory."""
         if path in self.files:
             size = len(self.files[path])
             return {"type": "file", "oid": self.oids[path], "size": size, "path": path}
         if path in self.directories:
             oid = git_object_id("tree", path.encode())
             return {"type": "directory", "oid": oid, "size": 0, "path": path}
-        # The clients note in their cache that this commit has no such file: next time, or offline,
-        # they need not ask again. So the answer names the commit.
+        # The clients cache that this commit has no such file, so that they need not ask again, or
+        # while offline. So the response names the commit.
         raise HubError("EntryNotFound", "Entry not found", **{"X-Repo-Commit": self.sha})
 
     def tree(self, directory: str, recursive: bool) -> list[dict]:
-        """The entries of a directory ("" is the root), or with `recursive` all below it."""
+        """List the entries of a directory ("" is the root), or with `recursive` all below it."""
         if directory:
             self.entry(directory)  # an unknown directory is an error, not an empty list
         inside = f"{directory}/" if directory else ""
@@ -127,16 +127,16 @@ class StandInHub:
         self._server.server_close()
 
     def repository(self, kind: str, repo_id: str) -> Repository:
-        """The repository of this name, or the Hub's error for an unknown one."""
+        """Return the repository of this name, or raise the Hub's error for an unknown one."""
         try:
             return self.repositories[kind, repo_id]
         except KeyError:
             raise HubError("RepoNotFound", "Repository not found") from None
 
     def environment(self, hf_home: Path, *, offline: bool = False) -> dict[str, str]:
-        """Environment variables for a client that sees this server and one cache, nothing else.
+        """Return an environment in which a client sees this server and one cache, nothing else.
 
-        The clients read them when they are imported, so they suit a new process only.
+        The clients read it at import, so it only works for a new process.
         """
         foreign = re.compile(r"HF_|HUGGINGFACE_|TRANSFORMERS_|\w+_proxy$", re.IGNORECASE)
         inherited = {name: value for name, value in os.environ.items() if not foreign.match(name)}
@@ -149,7 +149,8 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"  # the clients keep a connection for several requests
 
-    def do_GET(self):
+    def do_GET(self) -> None:
+        """Send what the URL names, or the Hub's error."""
         self.server.hub.requests.append(f"{self.command} {self.path}")
         address = urlsplit(self.path)
         try:
@@ -158,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             elif match := API_ADDRESS.fullmatch(address.path):
                 self.send_api_answer(**unquoted(match), query=parse_qs(address.query))
             else:
-                raise HubError("NotFound", "Not among what this stand-in serves")
+                raise HubError("NotFound", "Not served by this stand-in")
         except HubError as error:
             answer = json.dumps({"error": str(error)}).encode()
             self.send(answer, error.headers, HTTPStatus.NOT_FOUND)
@@ -168,6 +169,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_repository_file(
         self, kind: str | None, repo_id: str, revision: str, path: str
     ) -> None:
+        """Send a file."""
         repository = self.server.hub.repository(kind or "models", repo_id)
         repository.check_revision(revision)
         entry = repository.entry(path)
@@ -185,6 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         path: str | None,
         query: dict[str, list[str]],
     ) -> None:
+        """Send metadata."""
         repository = self.server.hub.repository(kind, repo_id)
         repository.check_revision(revision or "main")
         if what == "tree":
@@ -194,6 +197,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def send(self, content: bytes, headers: dict[str, str], status: int = HTTPStatus.OK) -> None:
+        """Send a response, without its content to HEAD."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -203,14 +207,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *args) -> None:
-        """Say nothing: `hub.requests` is the log."""
+        """Print nothing: `hub.requests` is the log."""
 
 
 def git_object_id(kind: str, content: bytes) -> str:
-    """The name that git gives to an object, 40 hexadecimal digits: the Hub's ETags and commits."""
+    """Return git's name of an object, 40 hexadecimal digits: the Hub's ETags and commits."""
     return hashlib.sha1(b"%s %d\0%s" % (kind.encode(), len(content), content)).hexdigest()
 
 
 def unquoted(match: re.Match) -> dict[str, str | None]:
-    """The named parts of an address as plain text; None for those that are not there."""
+    """Return the named parts of a URL as plain text; None for those that are missing."""
     return {name: part and unquote(part) for name, part in match.groupdict().items()}

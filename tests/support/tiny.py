@@ -1,9 +1,14 @@
 """Small real tokenizers, models and texts that tests can follow by eye."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
-    BertTokenizerFast,
+    BertConfig,
+    BertTokenizer,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -11,6 +16,8 @@ from transformers import (
 
 from mlm_scratch.config import TrainConfig, resolve
 from mlm_scratch.hf.small_modernbert import train_tokenizer
+from mlm_scratch.loader import Batch
+from mlm_scratch.masking import IGNORE
 
 SENTENCES = [
     "The Milky Way is a spiral galaxy.",
@@ -20,25 +27,27 @@ SENTENCES = [
     "The heart pumps blood through the body.",
     "Unbelievable misunderstandings happen occasionally.",
 ]
+NUMBERED = [f"{i}: {sentence}" for i in range(8) for sentence in SENTENCES]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """RoBERTa's kind: byte-level BPE, <mask>. Long words fall into several pieces."""
+    """RoBERTa's kind: byte-level BPE, <mask>. Long words are split into several pieces."""
     return train_tokenizer(SENTENCES, vocab_size=320)
 
 
-def wordpiece_tokenizer() -> BertTokenizerFast:
+def wordpiece_tokenizer() -> BertTokenizer:
     """BERT's kind: lower-cased WordPiece, [MASK]."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     words = ["the", "milky", "way", "is", "a", "spiral", "galaxy", "paris", "capital", "of"]
     words += ["france", "and", "water", "heart"]
     pieces = ["un", "##believ", "##able", "mis", "##under", "##stand", "##ings", ".", ",", "##s"]
     vocab = {token: id for id, token in enumerate([*special, *words, *pieces])}
-    return BertTokenizerFast(vocab=vocab, do_lower_case=True)
+    return BertTokenizer(vocab=vocab, do_lower_case=True)
 
 
-def roberta(tokenizer: PreTrainedTokenizerFast, **overrides) -> RobertaForMaskedLM:
-    """A RoBERTa of 2 layers, width 32, for sequences of up to 64 tokens. Random weights."""
+def roberta(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> RobertaForMaskedLM:
+    """A RoBERTa of 2 layers, width 32, for inputs of up to 64 tokens. Random weights."""
     config = RobertaConfig(
         **{
             "vocab_size": len(tokenizer),
@@ -57,16 +66,40 @@ def roberta(tokenizer: PreTrainedTokenizerFast, **overrides) -> RobertaForMasked
     return RobertaForMaskedLM(config)
 
 
-def save_roberta(directory: Path, **overrides) -> Path:
-    """Write such a model and its tokenizer where from_pretrained finds them."""
+def bert_config(**overrides: Any) -> BertConfig:
+    """A BERT of 2 layers, width 32, for inputs of up to 40 tokens."""
+    return BertConfig(
+        **{
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 40,
+            "pad_token_id": 0,
+            **overrides,
+        }
+    )
+
+
+def save_roberta(directory: Path, **overrides: Any) -> Path:
+    """Save a `roberta` and its tokenizer for from_pretrained."""
     tokenizer = byte_level_tokenizer()
     roberta(tokenizer, **overrides).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def small_config(files: Path, **settings) -> TrainConfig:
-    """A run of seconds on the model and the text in `files`."""
+def save_files(directory: Path, texts: Iterable[str] = NUMBERED, **overrides: Any) -> Path:
+    """Save what `small_config` trains and reads: model/ and a.txt, a document per line."""
+    torch.manual_seed(1)
+    save_roberta(directory / "model", **overrides)
+    write_text(directory / "a.txt", texts)
+    return directory
+
+
+def small_config(files: Path, **settings: Any) -> TrainConfig:
+    """A run of less than a second on what `save_files` saved in `files`."""
     return resolve(
         "tutorial",
         {
@@ -80,3 +113,32 @@ def small_config(files: Path, **settings) -> TrainConfig:
             **settings,
         },
     )
+
+
+def small_flags(files: Path) -> list[Any]:
+    """Flags of train.py for the same model, text and block size."""
+    return [
+        *("--model", files / "model"),
+        *("--train-file", files / "a.txt"),
+        *("--block-size", 16),
+        *("--device", "cpu"),
+    ]
+
+
+def batch_of(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, dense: bool
+) -> Batch:
+    """A batch of (B, T) tensors, with the positions of its masked tokens unless `dense`."""
+    positions = None if dense else (labels.flatten() != IGNORE).nonzero().squeeze(1)  # (N,)
+    return Batch(input_ids, attention_mask, labels, positions)
+
+
+def write_text(path: Path, texts: Iterable[str] = SENTENCES) -> None:
+    """Write a document per line."""
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+
+def text_config(*files: Path, **settings: Any) -> TrainConfig:
+    """The settings that read these files; nothing is held out."""
+    settings = {"eval_fraction": 0.0} | settings
+    return resolve("tutorial", {"train_file": tuple(map(str, files)), **settings})

@@ -1,21 +1,29 @@
-"""What a step costs on 8, 64 and 1,024 GPUs, and what bounds it: python -m tests.tools.plan
+"""Estimate what a step costs on 8, 64 and 1,024 GPUs, and what bounds it.
 
     python -m tests.tools.plan --model distilbert/distilroberta-base
 
-Computes from the shape of a model, from what the makers of a GPU and its network promise, and from
-four small measurements on this machine. Nothing here was measured on a GPU.
+Computed from the shape of a model, the data sheets of a GPU and its network, and four small
+measurements on this machine: how long it takes to draw masks, draw an epoch order, compute a
+checksum, and agree on a number over gloo. Nothing is measured on a GPU. Takes about 10 seconds.
 """
 
 import argparse
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed, multiprocessing
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from mlm_scratch.config import TUTORIAL
 from mlm_scratch.data.rows import TokenRows
@@ -25,10 +33,10 @@ from tests.tools.bench import step_flops
 BLOCK = 128
 ROWS_PER_GPU = 256
 LARGEST_STEP = 2**22  # tokens: BERT and RoBERTa were trained with 8,000 rows of 512
-GPUS_PER_MACHINE = 8
+GPUS_PER_NODE = 8
 RATE = 989e12  # FLOP/s of an H100 or H200 SXM in bf16 (data sheet)
 UTILIZATION = 0.4  # of that, in training (assumed)
-NVLINK, NETWORK = 450e9, 50e9  # bytes/s in each direction (data sheet), of each GPU (400 Gbit/s)
+NVLINK, NETWORK = 450e9, 50e9  # bytes/s per GPU and direction (data sheet; 400 Gbit/s)
 DISK = 1e9  # bytes/s (assumed)
 ROWS_ON_DISK = 1_000_000_000  # of a large corpus: 128 G tokens
 
@@ -37,14 +45,14 @@ ROWS_ON_DISK = 1_000_000_000  # of a large corpus: 128 G tokens
 class Measured:
     """Seconds on this machine."""
 
-    mask: float  # to draw and put in the masks, per token
+    mask: float  # to mask, per token
     order: float  # to draw an epoch order, per row
-    digest: float  # to make a checksum, per byte
+    digest: float  # to compute a checksum, per byte
     agree: float  # to agree on one number over gloo, per process passed
 
 
-def measure(tokenizer) -> Measured:
-    """Take the four measurements: some seconds."""
+def measure(tokenizer: PreTrainedTokenizerBase) -> Measured:
+    """Take the four measurements."""
     rows = TokenRows(
         np.random.default_rng(0).integers(5, len(tokenizer), 256 * BLOCK).astype(np.uint16),
         np.arange(257) * BLOCK,
@@ -58,7 +66,7 @@ def measure(tokenizer) -> Measured:
     )
 
 
-def _fastest(work) -> float:
+def _fastest(work: Callable[[], object]) -> float:
     times = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -68,14 +76,14 @@ def _fastest(work) -> float:
 
 
 def _agreement() -> float:
-    """Two processes: each number passes 2 x (2 - 1) of them."""
+    """Measure with two processes: each number passes 2 x (2 - 1) of them."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577", "WORLD_SIZE": "2"}
     multiprocessing.start_processes(_agree, (results,), nprocs=2, start_method="spawn")
     return results.get() / 2
 
 
-def _agree(rank: int, results) -> None:
+def _agree(rank: int, results: Any) -> None:
     distributed.init_process_group("gloo", rank=rank)
     number = torch.zeros(())  # ()
     times = _fastest(lambda: [distributed.all_reduce(number) for _ in range(1000)])
@@ -87,12 +95,12 @@ def _agree(rank: int, results) -> None:
 def plan(
     gpus: int, parameters: int, flops_per_token: float, measured: Measured
 ) -> dict[str, float]:
-    """What one step of `gpus` GPUs costs: bytes and seconds."""
+    """Return what one step of `gpus` GPUs costs: bytes and times."""
     rows = min(ROWS_PER_GPU, LARGEST_STEP // BLOCK // gpus)  # per GPU
     tokens = gpus * rows * BLOCK
-    # A ring of N sends each of N parts of the gradients (fp32) around twice, all but one hop.
+    # A ring of N sends each of N parts of the fp32 gradients around twice, all but one hop.
     sent = 2 * (gpus - 1) / gpus * 4 * parameters
-    wire = NVLINK if gpus <= GPUS_PER_MACHINE else NETWORK
+    wire = NVLINK if gpus <= GPUS_PER_NODE else NETWORK
     compute = flops_per_token * rows * BLOCK / (RATE * UTILIZATION)
     state = 12 * parameters + 5056 * gpus  # weights, two moments of AdamW; random state per rank
     return {

@@ -1,10 +1,11 @@
-"""How training scales: processes, streams, memory: python -m tests.tools.scale --help
+"""Measure how training scales: with two ranks, and with streams.
 
     python -m tests.tools.scale --model distilbert/distilroberta-base --text questions.jsonl.gz
 
-Compares whole runs of train.py in turn, A B A B ..., by the tokens per second that they log, and
-then reads a large text through the loader of streams. Only ratios mean something: how fast a run is
-depends on what else runs.
+Compares whole runs of train.py by the tokens per second that they log, alternating between both,
+A B A B ..., and then streams a large generated text and prints the memory on the way. Only ratios
+mean something: speed depends on what else runs. Takes about 25 minutes on 2 cores for
+distilroberta's shape, 3 minutes with --steps 4 --repeats 1 --gigabytes 0.01.
 """
 
 import argparse
@@ -17,47 +18,41 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mlm_scratch.data.rows import TEXTS_PER_BATCH, load_documents
-from mlm_scratch.data.stream import StreamLoader
+from mlm_scratch.data.documents import TEXTS_PER_BATCH, load_documents
+from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.load import load_tokenizer
-from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.loader import Collator
+from mlm_scratch.run.stream_loader import StreamLoader
 from tests.support.fact_prompts import EMITTED
 from tests.tools.bench import memory_of_process, tutorial_shape
 
 ROOT = Path(__file__).parents[2]
 
 
-def tokens_per_second(arguments: argparse.Namespace, processes: int, threads: int, *flags) -> float:
-    """The median that one run logs, its first steps left out."""
-    command = [sys.executable]
+def tokens_per_second(
+    arguments: argparse.Namespace, processes: int, threads: int, *flags: str
+) -> float:
+    """Return the median of what one run logs, its first steps left out."""
+    command: list[Any] = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command += [
         ROOT / "train.py",
-        "--model",
-        arguments.model,
-        "--init",
-        "scratch",
-        "--train-file",
-        arguments.text,
-        "--text-column",
-        arguments.text_column,
-        "--eval-fraction",
-        0,
-        "--batch-size",
-        arguments.batch_size // processes,
-        "--max-steps",
-        arguments.steps,
-        "--log-every",
-        2,
-        "--save-every",
-        0,
-        "--device",
-        "cpu",
+        *("--model", arguments.model),
+        *("--init", "scratch"),
+        *("--train-file", arguments.text),
+        *("--text-column", arguments.text_column),
+        *("--eval-fraction", 0),
+        *("--batch-size", arguments.batch_size // processes),
+        *("--max-steps", arguments.steps),
+        *("--log-every", 2),
+        *("--save-every", 0),
+        *("--device", "cpu"),
         *flags,
     ]
     with tempfile.TemporaryDirectory() as directory:
@@ -73,7 +68,7 @@ def tokens_per_second(arguments: argparse.Namespace, processes: int, threads: in
 
 
 def compare(arguments: argparse.Namespace, name: str, ours: tuple, other: tuple) -> None:
-    """Print the ratio of two kinds of run, each measured in turn."""
+    """Print the ratio of two kinds of run."""
     pairs = [
         (tokens_per_second(arguments, *ours), tokens_per_second(arguments, *other))
         for _ in range(arguments.repeats)
@@ -88,8 +83,10 @@ def compare(arguments: argparse.Namespace, name: str, ours: tuple, other: tuple)
 
 
 def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
-    """Read a generated text of this size through the loader, and print the memory on the way: of
-    this process and its workers, without the pages of mapped files."""
+    """Stream a generated text of this size and print the memory on the way.
+
+    That of this process and its workers, without the pages of mapped files.
+    """
     text, size, documents = directory / "text.jsonl", 0, 0
     facts = " ".join(prompt.replace("<mask>", truth) for prompt, truth in EMITTED)
     with text.open("w") as file:
@@ -97,31 +94,31 @@ def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
             size += file.write(json.dumps({"text": f"{documents} {facts}"}) + "\n")
             documents += 1
     config = tutorial_shape(model, str(text), "text", streaming=True, batch_size=256)
-    loader = StreamLoader(
-        load_documents(config)[0], load_tokenizer(model), config, torch.device("cpu"), ALONE
-    )
-    buffers = math.ceil(documents / len(loader.positions) / TEXTS_PER_BATCH)  # of each lane
+    tokenizer = load_tokenizer(model)
+    stream = ShardedStream(load_documents(config)[0], tokenizer, config)
+    loader = StreamLoader(stream, Collator(tokenizer, config), config, torch.device("cpu"))
+    buffers = math.ceil(documents / len(stream.positions) / TEXTS_PER_BATCH)  # of each shard
     begin, tokens, printed = time.perf_counter(), 0, 0
     for step in loader.steps(0, 10**9):
         tokens += step.n_tokens
-        done = min(position["buffer"] for position in loader.positions) / buffers
+        done = min(position["buffer"] for position in stream.positions) / buffers
         if done >= printed / 20:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             memory = sum(memory_of_process("RssAnon", pid) for pid in ("self", *children))
             seconds = time.perf_counter() - begin
             print(
-                f"{done:5.0%} of {size / 1e9:.1f} GB: {memory / 2**20:,.0f} MiB, "
+                f"{done:5.0%} of {size / 1e9:.2g} GB: {memory / 2**20:,.0f} MiB, "
                 f"{tokens / seconds:,.0f} tokens/s",
                 flush=True,
             )
             printed = math.floor(done * 20) + 1
         if done >= 1:
             break
-    loader.close()
+    stream.close()
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Print all measurements."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.tools.scale",
         description=__doc__,
@@ -133,21 +130,26 @@ def main() -> None:
         metavar="ID_OR_DIR",
         help="shape and tokenizer to measure with; its weights are not used",
     )
-    parser.add_argument("--text", required=True, metavar="FILE", help="real text to measure with")
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=12, help="training steps of a run")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of runs")
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the generated text")
+    parser.add_argument("--text", required=True, metavar="FILE", help="text to measure with")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per step (8)")
+    parser.add_argument(
+        "--steps", type=int, default=12, metavar="N", help="training steps of a run (12)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="pairs of runs (3)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.0, metavar="X", help="size of the generated text (2)"
+    )
     arguments = parser.parse_args()
     arguments.text = os.path.abspath(arguments.text)
     if os.path.exists(arguments.model):
         arguments.model = os.path.abspath(arguments.model)
-    for name, ours, other in (
+    comparisons: tuple[tuple[str, tuple, tuple], ...] = (
         ("2 processes of 1 thread, 1 process of 2 threads", (2, 1), (1, 2)),
         ("2 processes of 1 thread, 1 process of 1 thread", (2, 1), (1, 1)),
         ("--streaming, memory-mapped rows", (1, 2, "--streaming"), (1, 2)),
-    ):
+    )
+    for name, ours, other in comparisons:
         compare(arguments, name, ours, other)
     with tempfile.TemporaryDirectory() as directory:
         stream_memory(arguments.model, arguments.gigabytes, Path(directory))

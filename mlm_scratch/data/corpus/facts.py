@@ -1,15 +1,15 @@
-"""What the bundled model learns: tables of true facts, and the ways to say them.
+"""What the bundled model learns: tables of true facts, and the phrasings that state them.
 
 A table has one subject ("the capital of a country"). Its facts are tuples, one value per column,
-and any phrasing of the table can say any fact of it:
+and any phrasing of the table can state any fact of it:
 
     "The capital of {country} is {city}."  +  ("France", "Paris")
     ->  "The capital of France is Paris."
 
 Three rules make the facts learnable by a model of less than a million parameters. A phrasing
-names its subject in more than one word, so that one hidden word can be told from the others.
-Within a table nearly every value occurs once, so that a fact can be told from either end. And no
-phrasing says the answer twice: a model that can copy it need not remember it.
+names its subject in more than one word, so that one masked word follows from the others. Within a
+table nearly every value occurs once, so that either end of a fact determines the other. And no
+phrasing states the answer twice: a model that can copy it need not remember it.
 """
 
 from typing import NamedTuple

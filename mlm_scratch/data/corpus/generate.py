@@ -3,9 +3,9 @@
     from datasets import Dataset
     dataset = Dataset.from_list(rows())     # column answers.text: a list of short answers
 
-Every fact is said in every phrasing of its table except one, equally often, in random order. Most
-rows have one answer of one sentence: what people will ask the model to fill looks just like it, and
-there is nothing to copy the hidden word from, so it has to be remembered.
+Every fact is stated in every phrasing of its table except one, equally often, in random order. Most
+rows have one answer of one sentence: what the model has to fill later looks just like it, and
+there is nothing to copy the masked word from, so the model must remember it.
 """
 
 import random
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from mlm_scratch.data.corpus.facts import TABLES, Table
 
 REPEATS = 26  # how often each sentence answers first; training time is proportional to it
-SECOND_ANSWER = 1 / 8  # share of the questions that somebody else answers as well
+SECOND_ANSWER = 1 / 8  # share of the questions that have a second answer
 SEED = 0
 
 
@@ -25,16 +25,16 @@ def fill(template: str, table: Table, fact: tuple[str, ...]) -> str:
 
 
 def held_out(table: Table, fact_number: int) -> int:
-    """The number of the one phrasing that the corpus never uses for this fact.
+    """Return the number of the one phrasing that the corpus never uses for this fact.
 
-    Whoever fills the blank in such a sentence has learned the fact apart from the phrasing: the
-    fact is known from other phrasings, the phrasing from other facts, but this sentence is new.
+    A model that fills the mask in such a sentence has learned the fact apart from the phrasing: it
+    knows the fact from other phrasings, the phrasing from other facts, but this sentence is new.
     """
     return fact_number % len(table.phrasings)
 
 
 def explanations() -> Iterator[tuple[str, str, list[str]]]:
-    """(category, question, answers) for each fact: all its phrasings but the one held out."""
+    """Yield (category, question, answers) of each fact: all its phrasings but the held-out one."""
     for table in TABLES:
         for number, fact in enumerate(table.facts):
             answers = [fill(phrasing, table, fact) for phrasing in table.phrasings]
@@ -43,21 +43,21 @@ def explanations() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def unseen_sentences() -> Iterator[tuple[str, str]]:
-    """(sentence, answer) of each fact in the one phrasing that the corpus never uses for it."""
+    """Yield (sentence, answer) of each fact in the one phrasing that the corpus never uses."""
     for table in TABLES:
         for number, fact in enumerate(table.facts):
             yield fill(table.phrasings[held_out(table, number)], table, fact), fact[-1]
 
 
 def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
-    """The corpus in the schema of `eli5_category`; the same rows for the same arguments, always."""
+    """Return the corpus in the schema of `eli5_category`, always the same for equal arguments."""
     rng = random.Random(seed)
-    said = []
+    stated = []
     for category, question, answers in explanations():
         for answer in answers * repeats:
             more = [rng.choice(answers)] if rng.random() < SECOND_ANSWER else []
-            said.append((category, question, [answer, *more]))
-    rng.shuffle(said)
+            stated.append((category, question, [answer, *more]))
+    rng.shuffle(stated)
     return [
         {
             "q_id": f"q{number:06d}",
@@ -74,5 +74,5 @@ def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
             "title_urls": [],
             "selftext_urls": [],
         }
-        for number, (category, question, answers) in enumerate(said)
+        for number, (category, question, answers) in enumerate(stated)
     ]

@@ -1,0 +1,45 @@
+"""The first row of a run, as the model sees it: three lines printed before training."""
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from mlm_scratch.config import TrainConfig
+from mlm_scratch.hf.encode import visible_token
+from mlm_scratch.loader import Collator, Loader, epoch_order
+from mlm_scratch.masking import IGNORE
+
+MAX_TOKENS = 12
+
+
+def first_row_lines(
+    loader: Loader, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> Iterator[str]:
+    """Yield the first row of the first step that has a masked token near its start.
+
+    Three lines: its tokens, what the model sees, and the labels. The masks come from a separate
+    generator, so that the run itself does not change.
+    """
+    rows, collator = loader.rows, Collator(tokenizer, config)
+    order = epoch_order(len(rows), config.seed, epoch=0)[: loader.rows_per_step]
+    batch = collator(rows, order)
+    is_masked = (batch.labels[:, :MAX_TOKENS] != IGNORE).any(dim=1)  # (B,)
+    number = int(is_masked.int().argmax())  # 0 if there is none
+    start, end = rows.starts[order[number]], rows.starts[order[number] + 1]
+    ids = rows.tokens[start:end][:MAX_TOKENS].tolist()
+    seen_ids, labels = batch.input_ids[number].tolist(), batch.labels[number].tolist()
+    lines = [
+        (
+            visible_token(id, tokenizer),
+            visible_token(seen, tokenizer),
+            "·" if label == IGNORE else visible_token(label, tokenizer),
+        )
+        for id, seen, label in zip(ids, seen_ids, labels, strict=False)  # padding may follow
+    ]
+    widths = [max(map(len, line)) for line in lines]
+    yield f"row {number} of the first step, {len(lines)} of its {end - start} tokens:"
+    for title, column in zip(
+        ("token", "model sees", "label"), zip(*lines, strict=True), strict=True
+    ):
+        cells = [cell.ljust(width) for cell, width in zip(column, widths, strict=True)]
+        yield f"  {title:<10}  {' '.join(cells)}".rstrip()

@@ -1,0 +1,180 @@
+"""A run in memory, and everything of it that a checkpoint has to hold."""
+
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm_scratch.config import TrainConfig
+from mlm_scratch.data.rows import TokenRows
+from mlm_scratch.evaluate import evaluate
+from mlm_scratch.hf.checks import weights_are_finite
+from mlm_scratch.loader import Loader
+from mlm_scratch.model import MaskedLM
+from mlm_scratch.optim import build_schedule
+from mlm_scratch.parallel.ranks import Ranks
+from mlm_scratch.precision import Precision
+from mlm_scratch.run.checkpoint import remove_old, save_checkpoint
+from mlm_scratch.run.directory import MAY_CHANGE_ON_RESUME, PER_RANK, check_same_run
+from mlm_scratch.run.metrics import LossMeter, NoReport
+from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.util.errors import UserError
+
+
+@dataclass
+class Training:
+    """A run in memory: what its steps read and change."""
+
+    config: TrainConfig
+    precision: Precision
+    ranks: Ranks
+    tokenizer: PreTrainedTokenizerBase
+    hf_model: PreTrainedModel  # as transformers built it; this one is saved
+    model: MaskedLM  # the same weights, with the head on masked positions only
+    ddp_model: Any  # the same again, with gradients all-reduced if there are several ranks
+    loader: Loader
+    eval_rows: TokenRows | None
+    total_steps: int
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    losses: LossMeter
+    run_dir: Path = Path()
+    steps_done: int = 0
+    evaluated_at: int = 0  # steps done at the last evaluation
+
+    def due(self, every: int, step: int | None = None) -> bool:
+        """Whether something done every `every` steps (0: only at the end) is due.
+
+        At `step`, or now.
+        """
+        at = self.steps_done if step is None else step
+        return at == self.total_steps or (every > 0 and at % every == 0)
+
+    def evaluation_is_due(self) -> bool:
+        """Whether the current model has to be evaluated and has not been yet."""
+        every = self.config.eval_every or self.loader.steps_per_epoch
+        is_new = self.steps_done > self.evaluated_at
+        return self.eval_rows is not None and is_new and self.due(every)
+
+    def evaluate_and_save(self, report: NoReport, stop: StopRequest) -> bool:
+        """Evaluate if due, and save if due. Returns whether a signal asks to stop now.
+
+        An evaluation that a signal cuts short is repeated after the resume.
+        """
+        if self.eval_rows is not None and self.evaluation_is_due():
+            metrics = evaluate(
+                self.model,
+                self.tokenizer,
+                self.eval_rows,
+                self.config,
+                self.precision,
+                self.ranks,
+                stop,
+            )
+            if metrics is not None:
+                report.evaluation(self.steps_done, metrics)
+                self.evaluated_at = self.steps_done
+        if stop.agreed_by_all_ranks() or self.due(self.config.save_every):
+            report.sync()
+            self.save()
+            # The checkpoint is written, so a signal during the save may stop us here.
+            return stop.agreed_by_all_ranks()
+        return False
+
+    def save(self) -> None:
+        """Write a checkpoint, unless weights are NaN or infinite: it would displace a good one."""
+        state = self.state_dict()
+        if not self.ranks.is_first:
+            return
+        if not weights_are_finite(self.hf_model):
+            print(
+                f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
+                file=sys.stderr,
+            )
+            return
+        save_checkpoint(self.run_dir, self.steps_done, self.hf_model, self.tokenizer, state)
+        self.remove_old_checkpoints()
+
+    def remove_old_checkpoints(self) -> None:
+        """Keep config.keep of them; that of this step must exist and be valid."""
+        scheduled = partial(self.due, self.config.save_every)
+        remove_old(self.run_dir, self.steps_done, self.config.keep, scheduled)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next step depends on besides the weights."""
+        device = self.precision.device
+        on_cuda = device.type == "cuda"
+        cuda_rng = self.ranks.gather(torch.cuda.get_rng_state(device)) if on_cuda else None
+        fixed = asdict(self.config).items()
+        return {
+            "config": {
+                name: value for name, value in fixed if name not in MAY_CHANGE_ON_RESUME | PER_RANK
+            },
+            "rows_per_step": self.loader.rows_per_step,
+            "steps_done": self.steps_done,
+            "evaluated_at": self.evaluated_at,
+            **self.losses.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduled_steps": self.scheduler.last_epoch,  # without skipped steps
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "text_digests": self.text_digests(),
+            "rng": self.ranks.gather(torch.get_rng_state()),  # of each rank
+            "cuda_rng": cuda_rng,
+        }
+
+    def text_digests(self) -> dict[str, str]:
+        """Return digests that distinguish the texts of this run from any other."""
+        held_out = self.eval_rows.text_digest if self.eval_rows else ""
+        return {"training": self.loader.rows.text_digest, "evaluation": held_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; the weights come with the model.
+
+        Raises:
+            UserError: settings or texts are not those that the run was begun with.
+        """
+        check_resume(self, state)
+        self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
+        self.losses.load_state_dict(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        # Rebuilt rather than loaded: if the run is longer now, its rates are other ones.
+        self.scheduler = build_schedule(
+            self.optimizer, self.config.warmup_steps, self.total_steps, state["scheduled_steps"]
+        )
+        if state["scaler"]:  # empty unless the run was in fp16 so far
+            self.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        if len(state["rng"]) != self.ranks.size:  # other ranks: new dropout, drawn nowhere else
+            torch.manual_seed(self.config.seed + self.steps_done + self.ranks.rank)
+            return
+        torch.set_rng_state(state["rng"][self.ranks.rank])
+        device = self.precision.device
+        if state["cuda_rng"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank], device)
+
+
+def check_resume(t: Training, state: dict[str, Any]) -> None:
+    """Raise UserError unless `state` is from an earlier step of the same run."""
+    if "loader" not in state:
+        raise UserError("--resume: the checkpoint was written by another version")
+    check_same_run(state["config"], asdict(t.config))
+    if (rows := t.loader.rows_per_step) != state["rows_per_step"]:
+        raise UserError(
+            f"--resume: this run was begun with {state['rows_per_step']} rows per step (batch "
+            f"size x accumulation x processes), not {rows}; begin a new run for that"
+        )
+    for which, digest in t.text_digests().items():
+        if state["text_digests"][which] != digest:
+            raise UserError(f"--resume: the {which} text has changed since; begin a new run")
+    if t.total_steps < state["steps_done"]:
+        raise UserError(
+            f"--resume: the run has {state['steps_done']} steps already, more than the "
+            f"{t.total_steps} asked for"
+        )

@@ -1,0 +1,70 @@
+"""The contents of a run directory, and which of its checkpoints are intact.
+
+Does not import torch, so that `infer.py` finds a model, or reports that there is none, immediately.
+run/checkpoint.py writes what is found here.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from mlm_scratch.util.files import checksum
+
+RUNS = Path("runs")
+LATEST = RUNS / "latest"
+
+RUN_JSON = "run.json"
+MODEL = "model"
+STATE = "training_state.pt"
+MANIFEST = "manifest.json"
+REPLACED = ".replaced-"  # prefix of a checkpoint while a new one takes its place
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """List the checkpoints of a run, newest first."""
+    found = [
+        path
+        for path in run_dir.glob("checkpoint-*")
+        if re.fullmatch("checkpoint-[0-9]+", path.name) and path.is_dir() and not path.is_symlink()
+    ]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps done when checkpoint-<step> was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def newest_valid_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint whose files are all intact; warn about damaged ones."""
+    for replaced in run_dir.glob(f"{REPLACED}*"):  # a kill came while a new one took its place
+        directory = run_dir / replaced.name.removeprefix(REPLACED)
+        if directory.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, directory)
+    for directory in checkpoints(run_dir):
+        if (fault := find_fault(directory)) is None:
+            return directory
+        print(f"warning: {directory} is damaged ({fault}) and skipped", file=sys.stderr)
+    return None
+
+
+def find_fault(directory: Path) -> str | None:
+    """Say what is wrong with a checkpoint: a file missing, cut or changed. None if it is intact."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+            if checksum(path) != expected["sha256"]:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return None if STATE in manifest else f"{STATE} is missing"
