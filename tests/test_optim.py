@@ -10,14 +10,14 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from mlm_scratch.hf.small_modernbert import small_modernbert
+from mlm_scratch.hf.small_modernbert import small_modernbert_config
 from mlm_scratch.optim import build_optimizer, build_schedule
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
 MODELS = {
     "RoBERTa": roberta(TOKENIZER),
-    "ModernBERT": AutoModelForMaskedLM.from_config(small_modernbert(TOKENIZER)),
+    "ModernBERT": AutoModelForMaskedLM.from_config(small_modernbert_config(TOKENIZER)),
 }
 
 

@@ -99,7 +99,7 @@ class ShardedStream:
             DataLoader(  # yields from worker 0, 1, 2, ..., 0, 1, 2, ...
                 _Shards(self, own),
                 batch_size=None,
-                collate_fn=lambda item: item,
+                collate_fn=_as_it_is,
                 num_workers=workers,
                 prefetch_factor=PREFETCH_STEPS * len(own) // workers,
                 worker_init_fn=_live_as_long_as_the_parent,
@@ -189,6 +189,10 @@ class _Shards(IterableDataset):
             part[:, 1] = gap_before or 0
             parts.append(part)
         return np.concatenate(parts)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _live_as_long_as_the_parent(worker: int) -> None:

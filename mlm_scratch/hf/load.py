@@ -15,7 +15,7 @@ from transformers import (
 
 from mlm_scratch.config import BUNDLED, TrainConfig
 from mlm_scratch.hf.checks import check_fit, longest_input
-from mlm_scratch.hf.small_modernbert import small_modernbert, train_tokenizer
+from mlm_scratch.hf.small_modernbert import small_modernbert_config, train_tokenizer
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import MODEL, RUN_JSON
 
@@ -38,7 +38,7 @@ def load_tokenizer_and_model(
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
     elif config.model == BUNDLED:
         tokenizer = train_tokenizer(texts)
-        model = AutoModelForMaskedLM.from_config(small_modernbert(tokenizer))
+        model = AutoModelForMaskedLM.from_config(small_modernbert_config(tokenizer))
     else:
         tokenizer, model = load_tokenizer(config.model), load_model(config.model, config.init)
     check_fit(tokenizer, model, config.model)

@@ -40,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
     )
 
 
-def small_modernbert(tokenizer: PreTrainedTokenizerBase) -> ModernBertConfig:
+def small_modernbert_config(tokenizer: PreTrainedTokenizerBase) -> ModernBertConfig:
     """Return a ModernBERT of 4 layers, width 128: it learns from scratch on two cores."""
     return ModernBertConfig(
         vocab_size=len(tokenizer),

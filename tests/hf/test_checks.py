@@ -17,7 +17,7 @@ from mlm_scratch.hf.checks import (
     sparse_head_works,
     unused_parameters,
 )
-from mlm_scratch.hf.small_modernbert import small_modernbert
+from mlm_scratch.hf.small_modernbert import small_modernbert_config
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.util.errors import UserError
 from tests.support.tiny import bert_config, byte_level_tokenizer, roberta, wordpiece_tokenizer
@@ -59,7 +59,7 @@ def test_longest_input():
     assert longest_input(TOKENIZER, roberta(TOKENIZER)) == 64  # 66 positions, counted from 2
     bert = AutoModelForMaskedLM.from_config(bert_config())
     assert longest_input(wordpiece_tokenizer(), bert) == 40
-    small = AutoModelForMaskedLM.from_config(small_modernbert(TOKENIZER))
+    small = AutoModelForMaskedLM.from_config(small_modernbert_config(TOKENIZER))
     assert longest_input(TOKENIZER, small) == 512
     ibert = AutoModelForMaskedLM.from_config(
         IBertConfig(
