@@ -57,8 +57,10 @@ class TrainConfig:
     eval_file: tuple[str, ...] = _option(
         (), "evaluate on these files instead of a held-out part of the training text"
     )
-    text_column: str = _option(
-        "answers.text", "column with the text; dotted if nested; a list is joined with spaces"
+    text_column: str | None = _option(
+        "answers.text",
+        "column with the text; dotted if nested; a list is joined with spaces; default for other "
+        "texts than the recipe's: text, or the only column that is text",
     )
     streaming: bool = _option(
         False,
@@ -252,7 +254,7 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
         implied["init"] = "pretrained"
     own_dataset = RECIPES[recipe].dataset
     if "train_file" in given or given.get("dataset", own_dataset) != own_dataset:
-        column = "answers.text" if given.get("dataset") == BUNDLED else "text"
+        column = "answers.text" if given.get("dataset") == BUNDLED else None
         implied |= {"dataset": None, "split": "train", "text_column": column}
     if given.get("streaming"):
         implied |= {"eval_fraction": 0.0, "grouping": "blocks", "split": "train"}

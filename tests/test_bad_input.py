@@ -4,10 +4,12 @@ import gzip
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (
     BertModel,
     GPT2Config,
@@ -17,7 +19,9 @@ from transformers import (
 
 import infer
 import train
+from mlm_scratch.explain import __main__ as explain
 from mlm_scratch.hf.small_modernbert import train_tokenizer
+from mlm_scratch.util.errors import run_command
 from tests.support.tiny import NUMBERED, bert_config, byte_level_tokenizer, save_roberta
 
 TEXT = "\n".join(NUMBERED)
@@ -46,6 +50,8 @@ def models(tmp_path_factory):
         "remote-code",
         "no-mask",
         "no-words",
+        "resized",
+        "holes",
     ):
         shutil.copytree(root / "good", root / name)
     weights = "model.safetensors"
@@ -70,6 +76,12 @@ def models(tmp_path_factory):
     (root / "no-words/tokenizer_config.json").write_text(
         '{"tokenizer_class": "RobertaTokenizer", "mask_token": "<mask>"}'
     )
+    config = json.loads((root / "good/config.json").read_text()) | {"vocab_size": 329}
+    (root / "resized/config.json").write_text(json.dumps(config))
+    holes = json.loads((root / "holes/tokenizer.json").read_text())
+    vocabulary = holes["model"]["vocab"]  # the last token gets an id far behind the others
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 340
+    (root / "holes/tokenizer.json").write_text(json.dumps(holes))
     save_roberta(root / "large-vocabulary", vocab_size=300)
     (root / "large-vocabulary" / "tokenizer.json").unlink()
     train_tokenizer([TEXT], vocab_size=400).save_pretrained(root / "large-vocabulary")
@@ -195,26 +207,28 @@ FILES = [
     ("latin.txt", "UnicodeDecodeError"),
     ("utf16.txt", "UnicodeDecodeError"),
     ("broken.jsonl", "broken.jsonl: Expecting value: line 1 column 10 (char 9) in the line"),
-    ("half.jsonl", "half.jsonl: 'a \\ud83d b' is not Unicode text"),
+    ("half.jsonl", "half.jsonl: 'a \\ud83d b' in row 1 is not Unicode text"),
     ("list.jsonl", "list.jsonl: no JSON object: '[1, 2]'"),
     ("number.jsonl", "holds int, not text"),
     ("nested.jsonl", "no column 'text'; it has answers"),
     ("columns.csv", "no column 'text'; it has a, b"),
-    ("number.csv", "holds int, not text"),
+    ("number.csv", "too few for one row of 16"),
     ("headed.csv", "no data"),
     ("ragged.csv", "ragged.csv: ParserError: Error tokenizing data"),
     ("not.parquet", "not.parquet: ArrowInvalid: Parquet file size is 5 bytes"),
     ("short.txt.gz", "short.txt.gz: EOFError: Compressed file ended"),
     ("short.jsonl.gz", "short.jsonl.gz: EOFError: Compressed file ended"),
     ("not.txt.gz", "not.txt.gz: BadGzipFile: Not a gzipped file"),
-    ("short.parquet.gz", "short.parquet.gz: Compressed file ended"),
+    ("short.parquet.gz", "short.parquet.gz: EOFError: Compressed file ended"),
 ]
 
 MODELS = [
     ("nowhere", "cannot load a tokenizer from"),
     ("no-weights", "cannot load a model from"),
     ("cut-short", "cannot load a model from"),
-    ("no-tokenizer", "its vocabulary file is missing"),
+    ("no-tokenizer", "its vocabulary file is missing (merges.txt or tokenizer.json or vocab.json)"),
+    ("resized", "has the shape (320, 32) in the weights, but (329, 32) in config.json"),
+    ("holes", "has ids up to 340, its model only 320 embeddings"),
     ("broken-json", "cannot load a"),
     ("pickle", "cannot load a model from"),
     ("remote-code", "cannot load a"),
@@ -277,6 +291,22 @@ def test_mistakes_are_reported_in_one_line_and_leave_nothing(
     assert err.rstrip().endswith(errors[0]) and "Traceback" not in err
     assert module is train or out == ""
     assert sorted(Path().rglob("*")) == before  # nothing half-made, nothing run
+
+
+@pytest.mark.parametrize("model", [name for name, _ in MODELS])
+@pytest.mark.parametrize("script", ["train.py", "infer.py", "-m mlm_scratch.explain"])
+def test_the_libraries_report_nothing_beside_our_line(models, capfd, monkeypatch, model, script):
+    """Nor by their own handlers, which bypass what pytest puts in the place of sys.stderr."""
+    module = {"train.py": train, "infer.py": infer}.get(script, explain)
+    arguments = {"train.py": ["--train-file", "good.txt"], "infer.py": [MILKY_WAY]}
+    Path("good.txt").write_text(TEXT)
+    flags = ["--model", str(models / model), *arguments.get(script, ["a sentence"])]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    transformers.utils.logging.set_verbosity_warning()
+    assert run_command(module.main) == 2
+    lines = [line for line in re.split(r"[\r\n]+", capfd.readouterr().err) if line.strip()]
+    (line,) = [line for line in lines if " examples/s" not in line]  # the bar of `datasets`
+    assert line.startswith("error: ")
 
 
 @pytest.mark.parametrize("file", [name for name, _ in FILES])

@@ -1,41 +1,33 @@
 """Any source of text -> documents, one string each: a Hub data set, files, the bundled corpus."""
 
 import copy
-import glob
-import gzip
 import json
-import shutil
-import tempfile
-import zlib
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 from datasets.distributed import split_dataset_by_node
 
 from mlm_scratch.config import BUNDLED, TrainConfig
 from mlm_scratch.data import corpus
+from mlm_scratch.data.files import (
+    SAMPLE,
+    Rows,
+    choose_column,
+    contents_key,
+    errors_of,
+    kind_of,
+    load_files,
+    no_column,
+)
 from mlm_scratch.util.errors import UserError, shortened
+from mlm_scratch.util.files import cache_dir
 
 TEXTS_PER_BATCH = 1000  # documents read, and passed to the tokenizer, at once
-FILE_KINDS = {
-    ".txt": "text",
-    ".jsonl": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
-# A byte-order mark is not text, and the word NA in a table is a word.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "text": {"encoding": "utf-8-sig"},
-    "jsonl": {"encoding": "utf-8-sig"},
-    "csv": {"keep_default_na": False},
-}
 
 
 @dataclass
@@ -45,37 +37,59 @@ class Documents:
     Attributes:
         rows: the data set; with --streaming an IterableDataset, which has no length and is read
             from its source each time.
-        column: the column with the text, dotted if nested.
-        source: its name in error messages.
+        column: the column with the text, dotted if nested; None: the only one that is text.
+        source: its name in messages.
         json_lines: whether each row is a line of JSON, in the column "text", parsed here.
             `datasets` would fix the types of all columns by the first file: a list that is empty
             there would have to be empty everywhere.
+        version: the commit, or a digest of the contents, that was loaded.
     """
 
-    rows: datasets.Dataset | datasets.IterableDataset
-    column: str
+    rows: Rows
+    column: str | None
     source: str
     json_lines: bool = False
+    version: str = ""
+    path: list[str] = field(default_factory=list)  # to the text in a row; empty: find it
 
     def __post_init__(self) -> None:
+        if self.path:
+            return
         with errors_of(self.source):
             if self.json_lines:
-                part: dict[str, list[str]] = next(self.rows.iter(TEXTS_PER_BATCH), {"text": []})
-                first_rows = self._parsed(part["text"])
-                names = list(dict.fromkeys(chain.from_iterable(first_rows)))
-            else:
-                names = self.rows.column_names or list(next(iter(self.rows), {}))
-                first_rows = [dict.fromkeys(names)]
+                self.path = self._json_path()
+                return
+            names = self.rows.column_names or list(next(iter(self.rows), {}))
+            if self.column is None:
+                features = self.rows.features or {}
+                is_text = {name for name in names if features.get(name) == datasets.Value("string")}
+                self.column = choose_column(self.source, names, [*is_text])
         # A flattened data set has a column that is itself named "answers.text".
         self.path = [self.column] if self.column in names else self.column.split(".")
-        depth = len(self.path) if self.json_lines else 1  # the rest is checked row by row
-        if not any(_has_path(row, self.path[:depth]) for row in first_rows):
-            raise UserError(
-                f"{self.source} has no column {self.column!r}; it has {', '.join(names)}: name one "
-                "with --text-column"
-            )
-        if not self.json_lines:
-            self.rows = self.rows.select_columns(self.path[0])
+        if self.path[0] not in names:
+            raise no_column(self.source, self.column, names)
+        self.rows = self.rows.select_columns(self.path[0])
+
+    def _json_path(self) -> list[str]:
+        """Find the column in the lines of JSON. One that has it is enough: others may lack it."""
+        names: dict[str, None] = {}  # a set that keeps its order
+        for part in self.rows.iter(SAMPLE):
+            rows = self._parsed(part["text"])
+            names |= dict.fromkeys(chain.from_iterable(rows))
+            if self.column is None:
+                texts = {name: None for row in rows for name in row if isinstance(row[name], str)}
+                self.column = choose_column(self.source, [*names], [*texts])
+            for row in rows:
+                if self.column in row:  # also where it is itself named "answers.text"
+                    return [self.column]
+                if _has_path(row, path := self.column.split(".")):
+                    return path
+        raise no_column(self.source, self.column or "text", [*names])
+
+    @property
+    def label(self) -> str:
+        """The source with its version, for run.json and for people."""
+        return f"{self.source} (version {self.version[:12]})" if self.version else self.source
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,17 +105,32 @@ class Documents:
         name, seen = "text" if self.json_lines else self.path[0], 0
         with errors_of(self.source):
             for part in self.rows.iter(TEXTS_PER_BATCH):
-                if self.json_lines:
-                    texts = [self._pick(row, self.path) for row in self._parsed(part[name])]
-                else:
-                    texts = [self._pick(value, self.path[1:]) for value in part[name]]
-                if any("\0" in text for text in texts):
-                    number = seen + next(i for i, text in enumerate(texts) if "\0" in text)
-                    raise UserError(
-                        f"document {number} of {self.source} holds a NUL: it is not text"
-                    )
+                values = self._parsed(part[name]) if self.json_lines else part[name]
+                path = self.path if self.json_lines else self.path[1:]
+                texts = []
+                for number, value in enumerate(values, start=seen + 1):
+                    texts.append(self._text(value, path, number))
                 seen += len(texts)
                 yield texts
+
+    def _text(self, value: Any, path: list[str], number: int) -> str:
+        """Return the text of row `number`, counted from 1."""
+        try:
+            text = self._pick(value, path)
+            text.encode()
+        except _NoTextError as error:
+            advice = ": name another --text-column" if number == 1 else ""
+            raise UserError(
+                f"row {number} of {self.source}: column {self.column!r} holds {error}, not text"
+                f"{advice}"
+            ) from error
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\\ud83d"
+            raise UserError(
+                f"cannot load {self.source}: {shortened(text)} in row {number} is not Unicode text"
+            ) from error
+        if "\0" in text:
+            raise UserError(f"row {number} of {self.source} holds a NUL: it is not text")
+        return text
 
     def part(self, number: int, parts: int) -> "Documents":
         """Return one of equal parts of a stream.
@@ -132,7 +161,7 @@ class Documents:
         """
         if isinstance(value, list):
             return " ".join(self._pick(item, path) for item in value)
-        if value is None:
+        if value is None or value != value:  # NaN is what pandas writes for a missing value
             return ""
         if path:
             if not isinstance(value, dict) or (path[0] not in value and not self.json_lines):
@@ -141,17 +170,12 @@ class Documents:
                 )
             return self._pick(value.get(path[0]), path[1:])  # a line of JSON may lack it
         if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair: "\ud83d"
-                raise UserError(
-                    f"cannot load {self.source}: {shortened(value)} is not Unicode text"
-                ) from error
             return value
-        raise UserError(
-            f"column {self.column!r} of {self.source} holds {type(value).__name__}, not text: "
-            "name another --text-column"
-        )
+        raise _NoTextError(type(value).__name__)
+
+
+class _NoTextError(Exception):
+    """The value of a row is something else; the message names its type."""
 
 
 def _has_path(value: Any, path: list[str]) -> bool:
@@ -168,6 +192,10 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     Raises:
         UserError: a text cannot be found, read or split.
     """
+    if config.train_file and config.text_column not in (None, "text"):
+        files = config.train_file + config.eval_file
+        if all(kind_of(path) == "text" for path in files):
+            raise no_column(files[0], config.text_column, ["text"])
     documents = _load_training_documents(config)
     rows, source = documents.rows, documents.source
     # Read the start of a stream, so that most problems with it are reported now.
@@ -175,9 +203,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
         raise UserError(f"{source} is empty: there is nothing to train on")
 
     if config.eval_file:
-        return documents, _load_files(
-            config.eval_file, config.text_column, "train", streaming=False
-        )
+        return documents, _documents_of(config.eval_file, config.text_column, "train", False)
     if config.eval_fraction == 0:
         return documents, None
     if len(rows) < 2:
@@ -195,7 +221,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
 
 def _load_training_documents(config: TrainConfig) -> Documents:
     if config.train_file:
-        return _load_files(config.train_file, config.text_column, config.split, config.streaming)
+        return _documents_of(config.train_file, config.text_column, config.split, config.streaming)
     if config.dataset == BUNDLED:
         if config.split != "train":
             raise UserError("--split: the bundled corpus has only the split train")
@@ -203,85 +229,59 @@ def _load_training_documents(config: TrainConfig) -> Documents:
         rows = rows.to_iterable_dataset() if config.streaming else rows
         return Documents(rows, config.text_column, "the bundled corpus")
     source = f"data set {config.dataset}"
-    rows = _load(
-        source,
-        config.dataset,
-        config.dataset_config,
-        split=config.split,
-        streaming=config.streaming,
-    )
-    return Documents(rows, config.text_column, source)
-
-
-def _load_files(paths: tuple[str, ...], column: str, split: str, streaming: bool) -> Documents:
-    kinds = {_kind_of(Path(path)) for path in paths}
-    if len(kinds) > 1:
-        raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
-    kind = kinds.pop()
-    with tempfile.TemporaryDirectory() as unpacked:
-        if kind == "parquet":
-            if streaming and any(path.endswith(".gz") for path in paths):
-                raise UserError(f"{paths[0]}: .parquet.gz cannot be streamed: unpack it first")
-            paths = tuple(_unpack(path, Path(unpacked)) for path in paths)
-        # `datasets` reads a path as a pattern: x[1].txt would mean x1.txt.
-        files = list(map(glob.escape, paths))
-        rows = _load(
-            paths[0],
-            "text" if kind == "jsonl" else kind,
-            data_files=files,
-            split=split,
-            streaming=streaming,
-            **OPTIONS.get(kind, {}),
-        )
-    return Documents(rows, column, paths[0], json_lines=kind == "jsonl")
-
-
-def _kind_of(path: Path) -> str:
-    suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
-    if suffix not in FILE_KINDS:
-        raise UserError(f"{path}: unknown kind of file; use {', '.join(FILE_KINDS)} (or .gz)")
-    if not path.is_file():
-        raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-    return FILE_KINDS[suffix]
-
-
-def _unpack(path: str, directory: Path) -> str:
-    """Return the path of the same file uncompressed; `datasets` unpacks all kinds but parquet."""
-    if not path.endswith(".gz"):
-        return path
-    unpacked = directory / f"{len(list(directory.iterdir()))}-{Path(path).stem}"
-    try:
-        with gzip.open(path) as source, unpacked.open("wb") as target:
-            shutil.copyfileobj(source, target)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot load {path}: {error}") from error
-    return str(unpacked)
-
-
-def _load(source: str, *args: Any, **kwargs: Any) -> datasets.Dataset | datasets.IterableDataset:
     with errors_of(source):
-        return datasets.load_dataset(*args, **kwargs)
+        rows, version = _load_dataset(config)
+    return Documents(rows, config.text_column, source, version=version)
 
 
-@contextmanager
-def errors_of(source: str) -> Iterator[None]:
-    """Turn what `datasets` raises while it reads `source` into a UserError."""
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the message below is enough
-    try:
-        yield
-    except (
-        datasets.exceptions.DatasetsError,
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        EOFError,
-        RuntimeError,  # a data set with a loading script
-        TypeError,  # a column that has another type in another file
-    ) as error:
-        if "SchemaInferenceError" in repr(error.__cause__):  # raised for a file without any row
-            raise UserError(f"cannot load {source}: there is no text in it") from error
-        while error.__cause__ is not None:  # datasets wraps the parser's own error
-            error = error.__cause__
-        raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
+def _documents_of(
+    paths: tuple[str, ...], column: str | None, split: str, streaming: bool
+) -> Documents:
+    rows, column, version = load_files(paths, column, split, streaming)
+    return Documents(
+        rows, column, paths[0], json_lines="json" in kind_of(paths[0]), version=version
+    )
+
+
+def _load_dataset(config: TrainConfig) -> tuple[Rows, str]:
+    """Load the data set of a Hub id or of a directory; return it and its version."""
+    assert config.dataset is not None
+    directory = Path(config.dataset)
+    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
+    if not directory.is_dir():
+        rows = datasets.load_dataset(config.dataset, config.dataset_config, **options)
+        return rows, _commit_of(rows, config.dataset)
+    version = contents_key(
+        "directory", sorted(path for path in directory.rglob("*") if path.is_file())
+    )
+    if (directory / "state.json").is_file():  # written by Dataset.save_to_disk
+        return _slice_of(datasets.load_from_disk(config.dataset), config), version
+    own_cache = str(cache_dir() / f"files-{version[:32]}")
+    rows = datasets.load_dataset(
+        config.dataset, config.dataset_config, cache_dir=own_cache, **options
+    )
+    return rows, version
+
+
+def _commit_of(rows: Rows, name: str) -> str:
+    """Return the commit of the Hub that a data set was loaded from; "" if only a stream knows.
+
+    Without the Hub, `datasets` takes whatever was cached last under this name. From the Hub, that
+    lies in a directory named by its commit; from a local directory of the same name, it does not.
+    """
+    if isinstance(rows, datasets.IterableDataset):
+        return ""
+    names = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if any(re.fullmatch("[0-9a-f]{40}", name) is None for name in names):
+        raise UserError(
+            f"data set {name} is not cached, and the Hub does not answer (what is cached under "
+            "this name comes from a local directory)"
+        )
+    return names.pop() if names else ""
+
+
+def _slice_of(rows: datasets.Dataset, config: TrainConfig) -> Rows:
+    """Return what --split names of a data set that has no splits."""
+    (part,) = datasets.ReadInstruction.from_spec(config.split).to_absolute({"train": len(rows)})
+    rows = rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
+    return rows.to_iterable_dataset() if config.streaming else rows

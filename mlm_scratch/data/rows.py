@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -28,11 +29,12 @@ from transformers import PreTrainedTokenizerBase
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import TEXTS_PER_BATCH, Documents
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.files import checksum, sync
+from mlm_scratch.util.files import cache_dir, checksum, sync
 from mlm_scratch.util.progress import progress_bar
 
-ROWS_VERSION = 2  # increment it when the same text gives other rows
+ROWS_VERSION = 3  # increment it when the same text gives other rows
 META = "meta.json"
+LONG_WORD = 16  # tokens
 
 
 @dataclass
@@ -79,7 +81,20 @@ def prepare_rows(
             f"{documents.source} gives {len(rows.tokens)} tokens, too few for one row of "
             f"{config.block_size}: use more text, a smaller --block-size or --grouping lines"
         )
+    if rows.gap_before is not None:
+        _warn_of_long_words(rows.gap_before[: rows.starts[:TEXTS_PER_BATCH][-1]])
     return rows
+
+
+def _warn_of_long_words(gap_before: np.ndarray) -> None:
+    """Print a warning if most words, given their gaps (tokens,), are as long as sentences."""
+    lengths = np.diff(np.flatnonzero(gap_before), append=len(gap_before))  # (words,) tokens
+    if np.mean(lengths > LONG_WORD) > 0.5:
+        print(
+            f"warning: --whole-word: most words of the text have more than {LONG_WORD} tokens (is "
+            "it written without spaces?): each of them is masked completely or not at all",
+            file=sys.stderr,
+        )
 
 
 def tokenize(
@@ -118,24 +133,22 @@ def tokenize(
 
 
 def _gaps(text: str, spans: list[tuple[int, int]]) -> list[bool]:
-    """Return for each token whether the text has a gap before it.
+    """Return for each token whether a word may start there: after a space, or with the text.
 
-    Then its character span begins after the end of the previous one or, since some tokenizers
-    include the gap, with a space. The pieces of one character, such as "’" or a wide space in
+    The space is between its character span and the previous one or, since some tokenizers include
+    it, at the start of its span. Other characters between two spans are what a tokenizer drops,
+    such as accents or soft hyphens. The pieces of one character, such as "’" or a wide space in
     byte-level BPE, have the same span.
     """
-    return [
-        start > end_before or (start > start_before and text[start : start + 1].isspace())
-        for (start_before, end_before), (start, _) in pairwise([(-1, -1), *spans])
-    ]
+    gaps = []
+    for (start_before, end_before), (start, _) in pairwise([(-1, -1), *spans]):
+        skipped = text[max(end_before, 0) : start]
+        includes_space = start > start_before and text[start : start + 1].isspace()
+        gaps.append(end_before < 0 or any(map(str.isspace, skipped)) or includes_space)
+    return gaps
 
 
 # ---- The cache -----------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Return where rows are cached: $MLM_SCRATCH_CACHE or ~/.cache/mlm_scratch. Safe to delete."""
-    return Path(os.environ.get("MLM_SCRATCH_CACHE") or Path.home() / ".cache" / "mlm_scratch")
 
 
 def _text_digest(documents: Documents) -> str:

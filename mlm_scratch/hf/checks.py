@@ -80,13 +80,20 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: 
     if tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"the tokenizer of {name} has no words: its vocabulary file is missing")
+        files = " or ".join(sorted(set(tokenizer.vocab_files_names.values())))
+        raise UserError(
+            f"the tokenizer of {name} has no words: its vocabulary file is missing ({files})"
+        )
     embeddings = getattr(model.get_input_embeddings(), "weight", None)  # (V, H)
     if not isinstance(embeddings, Tensor):
         raise UserError(f"{name} has no table of token embeddings: choose another model")
     if len(tokenizer) > (rows := len(embeddings)):
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
+        )
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:  # ids may have holes
+        raise UserError(
+            f"the tokenizer of {name} has ids up to {largest}, its model only {rows} embeddings"
         )
 
 

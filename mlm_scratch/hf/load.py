@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import set_verbosity_error
 
 from mlm_scratch.config import BUNDLED, TrainConfig
 from mlm_scratch.hf.checks import check_fit, longest_input
@@ -55,6 +56,7 @@ def load_tokenizer_and_model(
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hub id or directory. Raises UserError."""
+    set_verbosity_error()  # what is wrong is reported below, in one line
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries raise a dozen types; the message says which
@@ -76,15 +78,26 @@ def load_model(
     Raises:
         UserError: it cannot be loaded, or weights are missing: they would silently start at random.
     """
+    set_verbosity_error()  # no report beside ours
     try:
         if init == "scratch":
             model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
         model, info = AutoModelForMaskedLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+            trust_remote_code=False,
         )
     except Exception as error:
         raise UserError(_cannot_load("model", name, error)) from error
+    if info["mismatched_keys"]:
+        weight, saved, configured = sorted(info["mismatched_keys"])[-1]
+        raise UserError(
+            f"{name}: {weight} has the shape {tuple(saved)} in the weights, but "
+            f"{tuple(configured)} in config.json (was the vocabulary resized?): save both together"
+        )
     if info["missing_keys"]:
         raise UserError(
             f"{name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}: not a "

@@ -40,7 +40,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     """
     precision = choose_precision(config.device, config.precision)
     with ranks.rank0_first():
-        tokenizer, hf_model, rows, eval_rows = load(config, checkpoint, ranks)
+        tokenizer, hf_model, rows, eval_rows, sources = load(config, checkpoint, ranks)
     print(
         f"model: {type(hf_model).__name__} ({config.model}, {config.init}), "
         f"{hf_model.num_parameters():,} parameters, on {precision}"
@@ -79,6 +79,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         scheduler=build_schedule(optimizer, config.warmup_steps, total_steps),
         scaler=precision.grad_scaler(),
         losses=LossMeter(precision.device, config.log_every, ranks),
+        sources=sources,
     )
     torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
@@ -88,8 +89,14 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
 
 def load(
     config: TrainConfig, checkpoint: Path | None, ranks: Ranks
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, TokenRows | ShardedStream, TokenRows | None]:
-    """Load tokenizer, model, the rows to train on and the rows to evaluate on; print the text."""
+) -> tuple[
+    PreTrainedTokenizerBase,
+    PreTrainedModel,
+    TokenRows | ShardedStream,
+    TokenRows | None,
+    dict[str, str],
+]:
+    """Load tokenizer, model, the rows to train on and to evaluate on; print and name the text."""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     documents, eval_documents = load_documents(config)
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
@@ -99,18 +106,21 @@ def load(
     if config.streaming:
         rows = ShardedStream(documents, tokenizer, config, ranks)
         text = (
-            f"a stream of {documents.source} in {documents.rows.num_shards} files, rows of "
+            f"a stream of {documents.label} in {documents.rows.num_shards} files, rows of "
             f"{config.block_size}"
         )
     else:
         rows = prepare_rows(documents, tokenizer, config)
         text = (
-            f"{len(documents):,} documents of {documents.source}, {len(rows.tokens):,} tokens in "
+            f"{len(documents):,} documents of {documents.label}, {len(rows.tokens):,} tokens in "
             f"{len(rows):,} rows of up to {config.block_size}"
         )
     eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
     print(f"text: {text}" + (f", {len(eval_rows):,} held out" if eval_rows else ""))
-    return tokenizer, hf_model, rows, eval_rows
+    sources = {"training": documents.label}
+    if eval_documents is not None:
+        sources["evaluation"] = eval_documents.label
+    return tokenizer, hf_model, rows, eval_rows, sources
 
 
 def wrap_for_training(

@@ -5,7 +5,6 @@ Does not import torch, so that `train.py --resume` reports wrong settings immedi
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import platform
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.util.errors import UserError
@@ -94,11 +95,10 @@ def claim(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it, or nothing can be written.
     """
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as held:
         try:
-            lock = opened.enter_context(open(run_dir / LOCK, "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            held.enter_context(FileLock(run_dir / LOCK, timeout=0))
+        except Timeout as error:
             raise UserError(
                 f"{run_dir} is in use by another process: wait for it, stop it, or begin a run "
                 "with another --output-dir"
@@ -184,14 +184,17 @@ def run_of_launch(output_dir: str | None, launch: str) -> Path | None:
     return None
 
 
-def write_run_json(config: TrainConfig, run_dir: Path, launch: str) -> None:
-    """Note the settings, the versions of the packages, and the launch.
+def write_run_json(
+    config: TrainConfig, run_dir: Path, launch: str, sources: dict[str, str]
+) -> None:
+    """Note the settings, what is read, the versions of the packages, and the launch.
 
     After a resume, settings per rank and the number of ranks stay those that the run began with.
     """
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content: dict[str, Any] = {
         "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
+        "sources": sources,
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
         "processes": this_launch().size,

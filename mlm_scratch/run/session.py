@@ -145,7 +145,7 @@ def _begin(t: Training) -> Report:
     shutil.rmtree(t.run_dir / MODEL, ignore_errors=True)  # no longer final after a resume
     if t.steps_done:
         t.remove_old_checkpoints()  # where a kill came before it
-    write_run_json(t.config, t.run_dir, t.ranks.name)
+    write_run_json(t.config, t.run_dir, t.ranks.name, t.sources)
     point_latest_to(t.run_dir)
     if not t.steps_done and not isinstance(t.loader, StreamLoader):
         print(*first_row_lines(t.loader, t.tokenizer, t.config), sep="\n")

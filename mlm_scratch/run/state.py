@@ -44,6 +44,7 @@ class Training:
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
     losses: LossMeter
+    sources: dict[str, str]  # what is read for training and evaluation, with its version
     run_dir: Path = Path()
     steps_done: int = 0
     evaluated_at: int = 0  # steps done at the last evaluation

@@ -18,3 +18,11 @@ def checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return the cache of this project: $MLM_SCRATCH_CACHE or ~/.cache/mlm_scratch.
+
+    Safe to delete.
+    """
+    return Path(os.environ.get("MLM_SCRATCH_CACHE") or Path.home() / ".cache" / "mlm_scratch")

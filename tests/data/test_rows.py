@@ -11,9 +11,16 @@ from tokenizers import processors
 from mlm_scratch.config import resolve
 from mlm_scratch.data import rows as rows_module
 from mlm_scratch.data.documents import load_documents
-from mlm_scratch.data.rows import cache_dir, prepare_rows
+from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.util.errors import UserError
-from tests.support.tiny import SENTENCES, byte_level_tokenizer, text_config, write_text
+from mlm_scratch.util.files import cache_dir
+from tests.support.tiny import (
+    SENTENCES,
+    byte_level_tokenizer,
+    text_config,
+    wordpiece_tokenizer,
+    write_text,
+)
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -146,3 +153,23 @@ def test_processes_can_prepare_the_same_text_at_the_same_time(tmp_path):
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
     assert not list(cache_dir().glob("unfinished-*"))
+
+
+@pytest.mark.parametrize("word", ["galaxy\u0301s", "galaxy\u00ads", "galaxys"])
+def test_characters_that_a_tokenizer_drops_do_not_cut_a_word(tmp_path, word):
+    """A decomposed accent, a soft hyphen: the second piece, ##s, belongs to the same word."""
+    tokenizer = wordpiece_tokenizer()
+    write_text(tmp_path / "a.txt", [f"the {word} is"])
+    settings = text_config(tmp_path / "a.txt", whole_word=True, grouping="lines")
+    rows = prepare_rows(load_documents(settings)[0], tokenizer, settings)
+    tokens = tokenizer.convert_ids_to_tokens(rows.tokens.tolist())
+    assert tokens == ["[CLS]", "the", "galaxy", "##s", "is", "[SEP]"]
+    assert rows.gap_before.tolist()[1:5] == [False, True, False, True]
+
+
+def test_a_text_without_spaces_is_warned_of(tmp_path, capsys):
+    for text, warned in (("\u94f6\u6cb3\u7cfb" * 8, True), ("the milky way is a galaxy", False)):
+        write_text(tmp_path / "a.txt", [text] * 20)
+        settings = text_config(tmp_path / "a.txt", whole_word=True, grouping="lines")
+        prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
+        assert ("most words of the text have more than 16" in capsys.readouterr().err) == warned

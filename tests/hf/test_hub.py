@@ -5,6 +5,7 @@ A stand-in on loopback serves a small model and a small data set under the tutor
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_the_tutorial_runs_completely_against_the_hub(hub, home):
     assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
     assert config == json.loads(json.dumps(vars(TUTORIAL))) | {"output_dir": "runs/tutorial"}
-    assert "48 documents of data set dany0407/eli5_category" in run.stdout
+    commit = r"48 documents of data set dany0407/eli5_category \(version [0-9a-f]{12}\), "
+    assert re.search(commit, run.stdout)
     lines = read_metrics(Path("runs/tutorial"))
     assert [line["epoch"] for line in lines if "eval_loss" in line] == [1.0, 2.0]
     assert [line["step"] for line in lines if "loss" in line][:2] == [10, 20]

@@ -1,0 +1,218 @@
+"""Local files -> a data set of the text column alone, as text, whatever the other columns hold.
+
+`datasets` reads the files, but it keys its cache by path and modification time, reads a path as a
+pattern, and fixes the types of all columns by the first rows. So it is given links with plain
+names, a cache directory of its own under a key of the files' contents, and one column to read.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import datasets
+import pandas
+import pyarrow.parquet
+
+from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.files import cache_dir, checksum
+
+FILE_KINDS = {
+    ".txt": "text",
+    ".jsonl": "json lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+SAMPLE = 1000  # rows that show which columns are text
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+def load_files(
+    paths: tuple[str, ...], column: str | None, split: str, streaming: bool
+) -> tuple[Rows, str | None, str]:
+    """Load the text column of local files as they are now.
+
+    Args:
+        paths: files of one kind; .gz works for each.
+        column: the text column, dotted if nested; None: find it.
+        split: "train" or a slice of it.
+        streaming: read on demand.
+
+    Returns:
+        (rows, column, fingerprint): the data set, whose column "text" has a line of JSON per row
+        where the files are JSON (column is then as given); the column; a digest of the contents.
+
+    Raises:
+        UserError: a file that is missing, of an unknown kind, or without the column.
+    """
+    kinds = {kind_of(path) for path in paths}
+    if len(kinds) > 1:
+        raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
+    kind = kinds.pop()
+    with errors_of(paths[0]):
+        fingerprint = contents_key(kind, map(Path, paths))
+        directory = cache_dir() / f"files-{fingerprint[:32]}"
+        files = [_staged(Path(path), kind, number, directory) for number, path in enumerate(paths)]
+        reader, options = "text", {"encoding": "utf-8-sig"}  # a byte-order mark is no text
+        if kind in ("csv", "parquet"):
+            column, top_level = _find_column(paths, files, kind, column)
+            reader, options = kind, _options(kind, top_level)
+        elif kind == "text":
+            column = "text"
+        rows = datasets.load_dataset(
+            reader,
+            data_files=[str(file) for file in files],
+            split=split,
+            streaming=streaming,
+            cache_dir=str(directory / "datasets"),
+            **options,
+        )
+    return rows, column, fingerprint
+
+
+def kind_of(file: str) -> str:
+    """Return the kind of a file by its name. Raises UserError if it cannot be a text."""
+    path = Path(file)
+    suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
+    if suffix not in FILE_KINDS:
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(FILE_KINDS)} (or .gz)")
+    if not path.is_file():
+        raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the file is empty")
+    return FILE_KINDS[suffix]
+
+
+def contents_key(kind: str, paths: Any) -> str:
+    """Digest what files contain, in their order."""
+    return hashlib.sha256(json.dumps([kind, *map(checksum, paths)]).encode()).hexdigest()
+
+
+@contextmanager
+def errors_of(source: str) -> Iterator[None]:
+    """Turn what `datasets` raises while it reads `source` into a UserError."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the message below is enough
+    try:
+        yield
+    except (
+        datasets.exceptions.DatasetsError,
+        pyarrow.ArrowException,
+        zlib.error,
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,  # a data set that is a script
+        TypeError,  # a column that has another type in another file
+    ) as error:
+        if "SchemaInferenceError" in repr(error.__cause__):  # raised for a file without any row
+            raise UserError(f"cannot load {source}: there is no text in it") from error
+        while error.__cause__ is not None:  # datasets wraps the parser's own error
+            error = error.__cause__
+        raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
+
+
+def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
+    """Return a file with a plain name and the same content, in the form that `datasets` reads.
+
+    A link, except for .parquet.gz, which is unpacked, and .json, which becomes lines.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    packed = path.suffix == ".gz"
+    if kind == "json" or (kind == "parquet" and packed):
+        staged = directory / (f"{number}.jsonl" if kind == "json" else f"{number}.parquet")
+        if not staged.exists():
+            write = _write_json_lines if kind == "json" else shutil.copyfileobj
+            unfinished = directory / f".{os.getpid()}-{staged.name}"
+            try:
+                with _open(path) as source, unfinished.open("wb") as target:
+                    write(source, target)
+                os.replace(unfinished, staged)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        return staged
+    staged = directory / f"{number}{Path(path.stem).suffix if packed else path.suffix}".lower()
+    staged = staged.with_name(staged.name + ".gz") if packed else staged
+    link = directory / f".{os.getpid()}-{staged.name}"
+    link.symlink_to(path.resolve())
+    os.replace(link, staged)
+    return staged
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _write_json_lines(source: IO[bytes], target: IO[bytes]) -> None:
+    """Write the rows of a .json file, each as a line: a list, columns of equal length, or lines."""
+    text = source.read().decode("utf-8-sig")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        target.write(text.encode())  # lines already; a broken one is reported when it is read
+        return
+    if isinstance(content, dict):
+        columns = content.values()
+        is_table = columns and all(isinstance(value, list) for value in columns)
+        if is_table and len({len(value) for value in columns}) == 1:
+            content = [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+    for row in content if isinstance(content, list) else [content]:
+        target.write(json.dumps(row).encode() + b"\n")
+
+
+def _options(kind: str, column: str) -> dict[str, Any]:
+    if kind == "parquet":
+        return {"columns": [column]}
+    text = datasets.Features({column: datasets.Value("string")})  # 001 is no number
+    # The word NA in a table is a word.
+    return {"usecols": [column], "features": text, "keep_default_na": False}
+
+
+def _find_column(
+    paths: tuple[str, ...], files: list[Path], kind: str, column: str | None
+) -> tuple[str, str]:
+    """Return the column, and the top-level one to read for it; every file has to have it."""
+    tables = [_text_columns(file, kind) for file in files]
+    if column is None:
+        column = choose_column(paths[0], *tables[0])
+    for path, (names, _) in zip(paths, tables, strict=True):
+        if column not in names and column.split(".")[0] not in names:
+            raise no_column(path, column, names)
+    names, _ = tables[0]
+    return column, column if column in names else column.split(".")[0]
+
+
+def _text_columns(file: Path, kind: str) -> tuple[list[str], list[str]]:
+    """Return the names of all columns, and of those that are text."""
+    if kind == "parquet":
+        schema = pyarrow.parquet.read_schema(file)
+        is_text = pyarrow.types.is_string, pyarrow.types.is_large_string
+        texts = [field.name for field in schema if any(check(field.type) for check in is_text)]
+        return schema.names, texts
+    with _open(file) as opened:
+        sample = pandas.read_csv(opened, nrows=SAMPLE, keep_default_na=False)
+    texts = [name for name in sample if not pandas.api.types.is_numeric_dtype(sample[name])]
+    return [str(name) for name in sample], [str(name) for name in texts]
+
+
+def choose_column(source: str, names: list[str], texts: list[str]) -> str:
+    """Choose the text column if none was named: "text", or the only column that is text."""
+    if "text" in names:
+        return "text"
+    if len(texts) == 1:
+        print(f"text column: {texts[0]}, the only one of {source} that is text")
+        return texts[0]
+    raise no_column(source, "text", names)
+
+
+def no_column(source: str, column: str, names: list[str]) -> UserError:
+    """Return the error about a missing column."""
+    return UserError(
+        f"{source} has no column {column!r}; it has {', '.join(names)}: name one with --text-column"
+    )
