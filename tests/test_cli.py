@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -154,3 +155,33 @@ def test_json_is_readable_whatever_the_encoding_of_the_output(files, call, monke
     monkeypatch.setattr(sys, "stdout", output)
     call(infer, "--model", files / "model", "--json", "é <mask>")
     assert json.loads(output.buffer.getvalue())[0]["sequence"].startswith("é")
+
+
+OTHER_SYSTEM = """
+import os, runpy, signal, sys
+def no_links(*args, **kwargs):
+    raise OSError("a required privilege is not held by the client")
+sys.modules["fcntl"] = None
+del os.setpgid, signal.SIGPIPE
+os.symlink = no_links
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--streaming", "--max-steps", "2"]], ids=str)
+def test_both_run_without_what_only_unix_has(files, flags):
+    """As on Windows: no fcntl, no process groups, no SIGPIPE, no right to make links."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for script, *arguments in (
+        ["train.py", *small_flags(files), *flags],
+        ["infer.py", MILKY_WAY],
+        ["train.py", "--resume", "--max-steps", 99],
+    ):
+        command = [sys.executable, "-c", OTHER_SYSTEM, ROOT / script, *arguments]
+        result = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+    assert not Path("runs/latest").exists()

@@ -140,7 +140,10 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
     staged = directory / f"{number}{Path(path.stem).suffix if packed else path.suffix}".lower()
     staged = staged.with_name(staged.name + ".gz") if packed else staged
     link = directory / f".{os.getpid()}-{staged.name}"
-    link.symlink_to(path.resolve())
+    try:
+        link.symlink_to(path.resolve())
+    except OSError:  # a system that does not allow links
+        shutil.copyfile(path, link)
     os.replace(link, staged)
     return staged
 

@@ -201,7 +201,8 @@ def _live_as_long_as_the_parent(worker: int) -> None:
     A signal from a terminal or torchrun is for that process, which has to finish its step. When it
     dies, its open lock and sockets must not live on here.
     """
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which DataLoader ends a worker
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

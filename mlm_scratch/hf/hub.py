@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mlm_scratch.config import BUNDLED, TUTORIAL
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
+from mlm_scratch.util.runs import MODEL, newest_run, newest_valid_checkpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,12 +27,13 @@ def newest_model() -> Path:
     Raises:
         UserError: there is no run, or no valid checkpoint in it.
     """
-    if (LATEST / MODEL).is_dir():
-        return LATEST / MODEL
-    checkpoint = newest_valid_checkpoint(LATEST) if LATEST.is_dir() else None
+    run = newest_run()
+    if (run / MODEL).is_dir():
+        return run / MODEL
+    checkpoint = newest_valid_checkpoint(run) if run.is_dir() else None
     if checkpoint is None:
         raise UserError("there is no trained model yet: run python train.py, or name a --model")
-    print(f"{LATEST} is not finished: using {checkpoint.name}", file=sys.stderr)
+    print(f"{run} is not finished: using {checkpoint.name}", file=sys.stderr)
     return checkpoint
 
 

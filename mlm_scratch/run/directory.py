@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.launch import this_launch
-from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS
+from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS, newest_run
 
 LOCK = ".lock"
 
@@ -116,7 +116,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     Raises:
         UserError: there is no run, or a change would make it another run.
     """
-    run_dir = LATEST.resolve() if output_dir is None else Path(output_dir)
+    run_dir = newest_run().resolve() if output_dir is None else Path(output_dir)
     try:
         noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
         saved: dict[str, Any] = {

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+BROKEN_PIPE = 141  # 128 + SIGPIPE, which not every system has
+
 
 class UserError(Exception):
     """Something the user can fix. The message says what is wrong, where, and what to do."""
@@ -56,7 +58,7 @@ def run_command(main: Callable[[], int | None]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         if error.errno == errno.EPIPE:
-            return 128 + signal.SIGPIPE
+            return BROKEN_PIPE
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 def sync(path: Path) -> None:
     """Flush what was written to a file or directory to the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

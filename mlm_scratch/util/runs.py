@@ -23,6 +23,12 @@ MANIFEST = "manifest.json"
 REPLACED = ".replaced-"  # prefix of a checkpoint while a new one takes its place
 
 
+def newest_run() -> Path:
+    """Return runs/latest or, where a system does not allow links, the run that began last."""
+    begun = sorted(RUNS.glob(f"*/{RUN_JSON}"), key=lambda path: path.stat().st_mtime)
+    return LATEST if LATEST.exists() or not begun else begun[-1].parent
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
     found = [
