@@ -58,6 +58,15 @@ def test_rows_are_padded_to_the_longest_of_their_step():
     assert (batch.labels.flatten()[batch.positions] != IGNORE).all()
 
 
+def test_padding_is_never_masked_even_if_its_id_is_a_word():
+    """A tokenizer without a padding token: id 0, which fills the gaps, is a word."""
+    tokenizer = ToyTokenizer()
+    tokenizer.pad_token_id, tokenizer.all_special_ids = None, [1, 2, 3]
+    collator = Collator(tokenizer, replace(TUTORIAL, mlm_probability=1.0))
+    batch = collator(rows_of(3, 1), np.arange(2))
+    assert batch.labels.tolist() == [[10, 11, 12], [20, IGNORE, IGNORE]]
+
+
 def test_rows_without_padding_have_no_attention_mask():
     """A model reads a mask that it is given, which on a GPU makes the CPU wait."""
     step = next(loader(rows_of(4, 4, 4), batch_size=2, accumulate=2).steps(0, 1))

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 
+from mlm_scratch.hf.checks import in_eval_mode
 from mlm_scratch.model import MaskedLM, masked_lm_loss
 from tests.support.tiny import batch_of, bert_config
 
@@ -65,3 +66,13 @@ def test_half_precision_logits_are_summed_in_fp32():
     """Without autocast, which runs cross_entropy in fp32 anyway."""
     model = AutoModelForMaskedLM.from_config(bert_config()).to(torch.bfloat16)
     assert masked_lm_loss(MaskedLM(model), batch_of(*batch(), dense=False)).dtype == torch.float32
+
+
+def test_a_wrapped_model_keeps_its_mode():
+    """Or the next evaluation would leave a model in train mode that was in eval mode."""
+    model = AutoModelForMaskedLM.from_config(bert_config())
+    for training in (True, False):
+        masked_lm = MaskedLM(model.train(training))
+        with in_eval_mode(masked_lm):
+            assert not model.training
+        assert masked_lm.training == model.training == training

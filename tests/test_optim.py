@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from mlm_scratch.hf.small_modernbert import small_modernbert_config
-from mlm_scratch.optim import build_optimizer, build_schedule
+from mlm_scratch.optim import build_optimizer, build_schedule, parameter_groups
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
@@ -66,3 +66,13 @@ def test_the_optimizer_equals_trainers(tmp_path, name):
     names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     expected_names = set(trainer.get_decay_parameter_names(model))  # tied weights by both names
     assert names == expected_names & dict(model.named_parameters()).keys()
+
+
+def test_norms_of_every_kind_are_spared_as_in_trainer():
+    """By their names, where the class is not LayerNorm."""
+    names = ("norm", "q_norm", "RMSNorm1", "LayerNorm", "normal", "enorm2", "head")
+    model = torch.nn.ModuleDict({name: torch.nn.RMSNorm(4) for name in names})
+    decayed = {id(parameter) for parameter in parameter_groups(model, 0.1)[0]["params"]}
+    ours = [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+    assert ours == Trainer.get_decay_parameter_names(None, model)
+    assert ours == ["normal.weight", "enorm2.weight", "head.weight"]
