@@ -34,10 +34,10 @@ def predict(
     logits = forward(model, inputs).cpu()  # (B, T, V)
     predictions = []
     for row, text in enumerate(texts):
-        is_token = inputs["attention_mask"][row].bool()  # (T,), false at padding
+        is_token = inputs["attention_mask"][row].bool()  # (T,), false at padding, on the right
         input_ids = inputs["input_ids"][row][is_token]  # (T,), its own T
         mask_index = find_masks(tokenizer, input_ids, text)  # (M,)
-        probabilities = logits[row][is_token][mask_index].softmax(dim=-1)  # (M, V)
+        probabilities = logits[row][mask_index].softmax(dim=-1)  # (M, V)
         check_no_nan(probabilities)
         predictions.append((input_ids, mask_index, probabilities))
     return predictions

@@ -24,6 +24,7 @@ CASES = {
         ONE,
         {"targets": ["the", " capital", "the", "misunderstandings", "is"]},
     ),
+    "fewer fills than targets": (ONE, {"targets": ["the", "is", "of"], "top_k": 2}),
     "more fills than targets": ("<mask> and <mask>", {"targets": ["the", "is"], "top_k": 1000}),
 }
 
