@@ -195,6 +195,7 @@ FLAGS = [
 
 FILES = [
     ("missing.txt", "missing.txt: no such file"),
+    ("x" * 300 + ".txt", "File name too long"),
     ("dir.txt", "dir.txt: a directory"),
     ("empty.txt", "empty.txt: the file is empty"),
     ("blank.txt", "every document is empty"),
@@ -214,7 +215,7 @@ FILES = [
     ("columns.csv", "no column 'text'; it has a, b"),
     ("number.csv", "too few for one row of 16"),
     ("headed.csv", "no data"),
-    ("ragged.csv", "ragged.csv: ParserError: Error tokenizing data"),
+    ("ragged.csv", "ragged.csv: row 2 has 3 fields, the header 1: quote texts"),
     ("not.parquet", "not.parquet: ArrowInvalid: Parquet file size is 5 bytes"),
     ("short.txt.gz", "short.txt.gz: EOFError: Compressed file ended"),
     ("short.jsonl.gz", "short.jsonl.gz: EOFError: Compressed file ended"),

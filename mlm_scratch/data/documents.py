@@ -145,7 +145,7 @@ class Documents:
         rows = []
         for line in filter(str.strip, lines):
             try:
-                rows.append(json.loads(line))
+                rows.append(json.loads(line.removeprefix("\ufeff")))
             except ValueError as error:
                 raise UserError(
                     f"cannot load {self.source}: {error} in the line {shortened(line)}"
@@ -170,7 +170,7 @@ class Documents:
                 )
             return self._pick(value.get(path[0]), path[1:])  # a line of JSON may lack it
         if isinstance(value, str):
-            return value
+            return value.removeprefix("\ufeff")  # a byte-order mark
         raise _NoTextError(type(value).__name__)
 
 
@@ -238,9 +238,9 @@ def _documents_of(
     paths: tuple[str, ...], column: str | None, split: str, streaming: bool
 ) -> Documents:
     rows, column, version = load_files(paths, column, split, streaming)
-    return Documents(
-        rows, column, paths[0], json_lines="json" in kind_of(paths[0]), version=version
-    )
+    source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    json_lines = "json" in kind_of(paths[0])
+    return Documents(rows, column, source, json_lines=json_lines, version=version)
 
 
 def _load_dataset(config: TrainConfig) -> tuple[Rows, str]:

@@ -5,10 +5,13 @@ pattern, and fixes the types of all columns by the first rows. So it is given li
 names, a cache directory of its own under a key of the files' contents, and one column to read.
 """
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -17,10 +20,9 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import datasets
-import pandas
 import pyarrow.parquet
 
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, shortened
 from mlm_scratch.util.files import cache_dir, checksum
 
 FILE_KINDS = {
@@ -59,10 +61,20 @@ def load_files(
     with errors_of(paths[0]):
         fingerprint = contents_key(kind, map(Path, paths))
         directory = cache_dir() / f"files-{fingerprint[:32]}"
-        files = [_staged(Path(path), kind, number, directory) for number, path in enumerate(paths)]
+        # Files of equal content share the cache, but not the links: one of them may change later.
+        names = json.dumps([str(Path(path).resolve()) for path in paths])
+        links = directory / hashlib.sha256(names.encode()).hexdigest()[:16]
+        links.mkdir(parents=True, exist_ok=True)
+        files = [_staged(Path(path), kind, number, links) for number, path in enumerate(paths)]
+        if kind == "parquet":  # `datasets` cannot read one without rows
+            sizes = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
+            if not any(sizes):
+                raise UserError(f"cannot load {paths[0]}: there is no text in it")
+            paths = tuple(path for path, size in zip(paths, sizes, strict=True) if size)
+            files = [file for file, size in zip(files, sizes, strict=True) if size]
         reader, options = "text", {"encoding": "utf-8-sig"}  # a byte-order mark is no text
         if kind in ("csv", "parquet"):
-            column, top_level = _find_column(paths, files, kind, column)
+            column, top_level = _find_column(paths, files, kind, column, streaming)
             reader, options = kind, _options(kind, top_level)
         elif kind == "text":
             column = "text"
@@ -80,14 +92,21 @@ def load_files(
 def kind_of(file: str) -> str:
     """Return the kind of a file by its name. Raises UserError if it cannot be a text."""
     path = Path(file)
-    suffix = (Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
+    suffix = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
     if suffix not in FILE_KINDS:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(FILE_KINDS)} (or .gz)")
-    if not path.is_file():
-        raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: the file is empty")
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{path}: {error.strerror}") from error
     return FILE_KINDS[suffix]
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def contents_key(kind: str, paths: Any) -> str:
@@ -105,6 +124,7 @@ def errors_of(source: str) -> Iterator[None]:
         datasets.exceptions.DatasetsError,
         pyarrow.ArrowException,
         zlib.error,
+        csv.Error,
         OSError,
         ValueError,
         EOFError,
@@ -123,33 +143,32 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
 
     A link, except for .parquet.gz, which is unpacked, and .json, which becomes lines.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    packed = path.suffix == ".gz"
-    if kind == "json" or (kind == "parquet" and packed):
-        staged = directory / (f"{number}.jsonl" if kind == "json" else f"{number}.parquet")
-        if not staged.exists():
-            write = _write_json_lines if kind == "json" else shutil.copyfileobj
-            unfinished = directory / f".{os.getpid()}-{staged.name}"
-            try:
-                with _open(path) as source, unfinished.open("wb") as target:
-                    write(source, target)
-                os.replace(unfinished, staged)
-            finally:
-                unfinished.unlink(missing_ok=True)
-        return staged
-    staged = directory / f"{number}{Path(path.stem).suffix if packed else path.suffix}".lower()
-    staged = staged.with_name(staged.name + ".gz") if packed else staged
-    link = directory / f".{os.getpid()}-{staged.name}"
+    packed = _is_packed(path)
+    converted = kind == "json" or (kind == "parquet" and packed)
+    suffix = {"text": ".txt", "csv": ".csv", "parquet": ".parquet"}.get(kind, ".jsonl")
+    staged = directory / f"{number}{suffix}{'.gz' if packed and not converted else ''}"
+    new = directory / f".{os.getpid()}-{staged.name}"
     try:
-        link.symlink_to(path.resolve())
-    except OSError:  # a system that does not allow links
-        shutil.copyfile(path, link)
-    os.replace(link, staged)
+        if converted:
+            write = _write_json_lines if kind == "json" else shutil.copyfileobj
+            with _open(path) as source, new.open("wb") as target:
+                write(source, target)
+            os.utime(new, (0, 0))  # or `datasets` would take it for another file in each run
+        else:
+            new.symlink_to(path.resolve())
+    except OSError:
+        if converted:
+            raise
+        shutil.copyfile(path, new)  # a system that does not allow links
+    try:
+        os.replace(new, staged)
+    finally:
+        new.unlink(missing_ok=True)
     return staged
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path) if _is_packed(path) else path.open("rb")  # type: ignore[return-value]
 
 
 def _write_json_lines(source: IO[bytes], target: IO[bytes]) -> None:
@@ -173,15 +192,16 @@ def _options(kind: str, column: str) -> dict[str, Any]:
     if kind == "parquet":
         return {"columns": [column]}
     text = datasets.Features({column: datasets.Value("string")})  # 001 is no number
-    # The word NA in a table is a word.
-    return {"usecols": [column], "features": text, "keep_default_na": False}
+    # The word NA in a table is a word, and an empty last field does not make the first an index.
+    return {"usecols": [column], "features": text, "keep_default_na": False, "index_col": False}
 
 
 def _find_column(
-    paths: tuple[str, ...], files: list[Path], kind: str, column: str | None
+    paths: tuple[str, ...], files: list[Path], kind: str, column: str | None, streaming: bool
 ) -> tuple[str, str]:
     """Return the column, and the top-level one to read for it; every file has to have it."""
-    tables = [_text_columns(file, kind) for file in files]
+    columns_of = _parquet_columns if kind == "parquet" else _csv_columns
+    tables = [columns_of(path, file, streaming) for path, file in zip(paths, files, strict=True)]
     if column is None:
         column = choose_column(paths[0], *tables[0])
     for path, (names, _) in zip(paths, tables, strict=True):
@@ -191,17 +211,45 @@ def _find_column(
     return column, column if column in names else column.split(".")[0]
 
 
-def _text_columns(file: Path, kind: str) -> tuple[list[str], list[str]]:
+def _parquet_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], list[str]]:
     """Return the names of all columns, and of those that are text."""
-    if kind == "parquet":
-        schema = pyarrow.parquet.read_schema(file)
-        is_text = pyarrow.types.is_string, pyarrow.types.is_large_string
-        texts = [field.name for field in schema if any(check(field.type) for check in is_text)]
-        return schema.names, texts
-    with _open(file) as opened:
-        sample = pandas.read_csv(opened, nrows=SAMPLE, keep_default_na=False)
-    texts = [name for name in sample if not pandas.api.types.is_numeric_dtype(sample[name])]
-    return [str(name) for name in sample], [str(name) for name in texts]
+    schema, kinds = pyarrow.parquet.read_schema(file), ("string", "large_string", "string_view")
+    return schema.names, [field.name for field in schema if str(field.type) in kinds]
+
+
+def _csv_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], list[str]]:
+    """Return the names of all columns, and of those that are text: not only numbers.
+
+    Raises:
+        UserError: another separator than a comma, or a row longer than the header; pandas would
+            take part of it for something else. Of a stream, only the first rows are looked at.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as opened:
+        rows = csv.reader(opened)
+        names = next((row for row in rows if row), [])
+        if len(names) == 1 and re.search(r"[;\t]", names[0]):
+            raise UserError(f"{path}: no commas in the header {shortened(names[0])}: use commas")
+        texts = set()
+        for number, row in enumerate(rows, start=1):
+            if any(field.strip() for field in row[len(names) :]):
+                raise UserError(
+                    f"{path}: row {number} has {len(row)} fields, the header {len(names)}: quote "
+                    "texts that have commas in them"
+                )
+            if number <= SAMPLE:
+                texts |= {name for name, text in zip(names, row, strict=False) if _is_word(text)}
+            elif streaming:
+                break
+    return names, [name for name in names if name in texts]
+
+
+def _is_word(text: str) -> bool:
+    try:
+        float(text or 0)
+    except ValueError:
+        return True
+    return False
 
 
 def choose_column(source: str, names: list[str], texts: list[str]) -> str:

@@ -164,3 +164,56 @@ def test_the_only_column_that_is_text_is_found(tmp_path, capsys, kind):
         path.write_text('{"n": 1, "body": "a"}\n{"n": 2, "body": "b"}\n')
     assert list(load_documents(text_config(path))[0]) == ["a", "b"]
     assert "text column: body, the only one of" in capsys.readouterr().out
+
+
+def test_a_comma_at_the_end_of_rows_shifts_no_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nhello,1,\nworld,2,\n")
+    assert list(load_documents(text_config(path))[0]) == ["hello", "world"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("label,text\n1,hello, you\n", "row 1 has 3 fields, the header 2"),
+        ("text,n\n" + "a,1\n" * 2000 + "b,2,3\n", "row 2001 has 3 fields, the header 2"),
+        ("text;label\nhello, you;1\n", "no commas in the header 'text;label'"),
+    ],
+    ids=["a comma in a text", "far down", "semicolons"],
+)
+def test_a_table_that_would_be_cut_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"a.csv: {message}"):
+        load_documents(text_config(path))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT.GZ", "a.jsonl.gz", "a.json.gz", "a.csv.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    """Nor is that of the second file; suffixes may be in capitals."""
+    paths = [tmp_path / name, tmp_path / f"b-{name}"]
+    for path in paths:
+        content = {"t": "one", "c": "text\none"}.get(name.lower()[2], json.dumps({"text": "one"}))
+        raw = content.encode("utf-8-sig")
+        path.write_bytes(gzip.compress(raw) if name.lower().endswith("gz") else raw)
+    assert list(load_documents(text_config(*paths))[0]) == ["one", "one"]
+
+
+def test_a_stream_reads_its_own_file_and_not_an_equal_one(tmp_path):
+    """Of two files with the same content, the other is changed before the first is read."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same")
+    first, _ = load_documents(text_config(tmp_path / "a.txt", streaming=True, max_steps=1))
+    load_documents(text_config(tmp_path / "b.txt", streaming=True, max_steps=1))
+    (tmp_path / "b.txt").write_text("changed")
+    assert list(first) == ["the same"]
+
+
+def test_parquet_files_without_rows_are_left_out(tmp_path):
+    for name, texts in (("a", []), ("b", ["one"]), ("c", [])):
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    paths = [tmp_path / f"{name}.parquet" for name in "abc"]
+    assert list(load_documents(text_config(*paths))[0]) == ["one"]
+    with pytest.raises(UserError, match="there is no text in it"):
+        load_documents(text_config(paths[0]))
