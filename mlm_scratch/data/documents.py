@@ -17,6 +17,7 @@ from mlm_scratch.data import corpus
 from mlm_scratch.data.files import (
     SAMPLE,
     Rows,
+    cache_of,
     choose_column,
     contents_key,
     errors_of,
@@ -25,7 +26,6 @@ from mlm_scratch.data.files import (
     no_column,
 )
 from mlm_scratch.util.errors import UserError, shortened
-from mlm_scratch.util.files import cache_dir
 
 TEXTS_PER_BATCH = 1000  # documents read, and passed to the tokenizer, at once
 
@@ -251,12 +251,11 @@ def _load_dataset(config: TrainConfig) -> tuple[Rows, str]:
     if not directory.is_dir():
         rows = datasets.load_dataset(config.dataset, config.dataset_config, **options)
         return rows, _commit_of(rows, config.dataset)
-    version = contents_key(
-        "directory", sorted(path for path in directory.rglob("*") if path.is_file())
-    )
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    version = "" if config.streaming else contents_key("directory", files)
     if (directory / "state.json").is_file():  # written by Dataset.save_to_disk
         return _slice_of(datasets.load_from_disk(config.dataset), config), version
-    own_cache = str(cache_dir() / f"files-{version[:32]}")
+    own_cache = str(cache_of(version))
     rows = datasets.load_dataset(
         config.dataset, config.dataset_config, cache_dir=own_cache, **options
     )

@@ -23,7 +23,7 @@ import datasets
 import pyarrow.parquet
 
 from mlm_scratch.util.errors import UserError, shortened
-from mlm_scratch.util.files import cache_dir, checksum
+from mlm_scratch.util.files import checksum
 
 FILE_KINDS = {
     ".txt": "text",
@@ -48,8 +48,9 @@ def load_files(
         streaming: read on demand.
 
     Returns:
-        (rows, column, fingerprint): the data set, whose column "text" has a line of JSON per row
-        where the files are JSON (column is then as given); the column; a digest of the contents.
+        (rows, column, version): the data set, whose column "text" has a line of JSON per row where
+        the files are JSON (column is then as given); the column; a digest of the contents, "" for
+        a stream.
 
     Raises:
         UserError: a file that is missing, of an unknown kind, or without the column.
@@ -59,19 +60,10 @@ def load_files(
         raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
     kind = kinds.pop()
     with errors_of(paths[0]):
-        fingerprint = contents_key(kind, map(Path, paths))
-        directory = cache_dir() / f"files-{fingerprint[:32]}"
-        # Files of equal content share the cache, but not the links: one of them may change later.
-        names = json.dumps([str(Path(path).resolve()) for path in paths])
-        links = directory / hashlib.sha256(names.encode()).hexdigest()[:16]
-        links.mkdir(parents=True, exist_ok=True)
-        files = [_staged(Path(path), kind, number, links) for number, path in enumerate(paths)]
-        if kind == "parquet":  # `datasets` cannot read one without rows
-            sizes = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-            if not any(sizes):
-                raise UserError(f"cannot load {paths[0]}: there is no text in it")
-            paths = tuple(path for path, size in zip(paths, sizes, strict=True) if size)
-            files = [file for file, size in zip(files, sizes, strict=True) if size]
+        # A stream is not cached, and may be too long to be read beforehand.
+        version = "" if streaming else contents_key(kind, map(Path, paths))
+        directory = cache_of(version)
+        paths, files = _stage_all(paths, kind, directory)
         reader, options = "text", {"encoding": "utf-8-sig"}  # a byte-order mark is no text
         if kind in ("csv", "parquet"):
             column, top_level = _find_column(paths, files, kind, column, streaming)
@@ -86,7 +78,7 @@ def load_files(
             cache_dir=str(directory / "datasets"),
             **options,
         )
-    return rows, column, fingerprint
+    return rows, column, version
 
 
 def kind_of(file: str) -> str:
@@ -114,6 +106,11 @@ def contents_key(kind: str, paths: Any) -> str:
     return hashlib.sha256(json.dumps([kind, *map(checksum, paths)]).encode()).hexdigest()
 
 
+def cache_of(version: str) -> Path:
+    """Return where `datasets` caches files of these contents; for streams, where links are."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / f"mlm_scratch-{version[:32] or 'streams'}"
+
+
 @contextmanager
 def errors_of(source: str) -> Iterator[None]:
     """Turn what `datasets` raises while it reads `source` into a UserError."""
@@ -138,6 +135,28 @@ def errors_of(source: str) -> Iterator[None]:
         raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
 
 
+def _stage_all(
+    paths: tuple[str, ...], kind: str, directory: Path
+) -> tuple[tuple[str, ...], list[Path]]:
+    """Stage all files below `directory`; return those that have rows, and where they are staged.
+
+    Files of equal content share a cache, but not the links: one of them may change later.
+    """
+    names = json.dumps([str(Path(path).resolve()) for path in paths])
+    links = directory / hashlib.sha256(names.encode()).hexdigest()[:16]
+    links.mkdir(parents=True, exist_ok=True)
+    files = [_staged(Path(path), kind, number, links) for number, path in enumerate(paths)]
+    if kind != "parquet":
+        return paths, files
+    sizes = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
+    if not any(sizes):  # `datasets` cannot read a parquet file without rows
+        raise UserError(f"cannot load {paths[0]}: there is no text in it")
+    return (
+        tuple(path for path, size in zip(paths, sizes, strict=True) if size),
+        [file for file, size in zip(files, sizes, strict=True) if size],
+    )
+
+
 def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
     """Return a file with a plain name and the same content, in the form that `datasets` reads.
 
@@ -155,16 +174,18 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
                 write(source, target)
             os.utime(new, (0, 0))  # or `datasets` would take it for another file in each run
         else:
-            new.symlink_to(path.resolve())
-    except OSError:
-        if converted:
-            raise
-        shutil.copyfile(path, new)  # a system that does not allow links
-    try:
+            _link(path.resolve(), new)
         os.replace(new, staged)
     finally:
         new.unlink(missing_ok=True)
     return staged
+
+
+def _link(path: Path, link: Path) -> None:
+    try:
+        link.symlink_to(path)
+    except OSError:  # a system that does not allow links
+        shutil.copyfile(path, link)
 
 
 def _open(path: Path) -> IO[bytes]:

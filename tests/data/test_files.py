@@ -15,7 +15,6 @@ import pytest
 from mlm_scratch.config import resolve
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.files import cache_dir
 from tests.support.tiny import text_config
 
 
@@ -117,10 +116,10 @@ def test_unpacked_parquet_leaves_one_copy(tmp_path):
     pyarrow.parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     packed = gzip.compress((tmp_path / "a.parquet").read_bytes())
     (tmp_path / "a.parquet.gz").write_bytes(packed)
-    sizes = []
+    sizes, cache = [], Path(datasets.config.HF_DATASETS_CACHE)
     for _ in range(2):
         load_documents(text_config(tmp_path / "a.parquet.gz"))
-        sizes.append(sum(1 for path in cache_dir().rglob("*") if path.is_file()))
+        sizes.append(sum(1 for path in cache.rglob("*") if path.is_file()))
     assert sizes[0] == sizes[1]
 
 

@@ -165,6 +165,7 @@ def test_a_resumed_run_has_no_final_model_until_its_end(files, monkeypatch):
 
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_a_run_does_not_resume_on_another_text(files, tmp_path, which):
+    """Of the same length, and with the same modification time."""
     texts = {"training": tmp_path / "a.txt", "evaluation": tmp_path / "b.txt"}
     for text in texts.values():
         shutil.copy(files / "a.txt", text)
@@ -173,7 +174,9 @@ def test_a_run_does_not_resume_on_another_text(files, tmp_path, which):
         eval_file=(str(texts["evaluation"]),),
     )
     train(settings)
+    before = texts[which].stat()
     texts[which].write_text(texts[which].read_text().replace("0:", "9:"))
+    os.utime(texts[which], ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=f"the {which} text has changed"):
         train(replace(settings, max_steps=5), resume=True)
 
