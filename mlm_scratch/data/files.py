@@ -253,16 +253,21 @@ def _csv_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], lis
             raise UserError(f"{path}: no commas in the header {shortened(names[0])}: use commas")
         texts = set()
         for number, row in enumerate(rows, start=1):
-            if any(field.strip() for field in row[len(names) :]):
-                raise UserError(
-                    f"{path}: row {number} has {len(row)} fields, the header {len(names)}: quote "
-                    "texts that have commas in them"
-                )
+            _check_width(path, number, row, len(names))
             if number <= SAMPLE:
                 texts |= {name for name, text in zip(names, row, strict=False) if _is_word(text)}
             elif streaming:
                 break
     return names, [name for name in names if name in texts]
+
+
+def _check_width(path: str, number: int, row: list[str], columns: int) -> None:
+    """Raise UserError for a row with more fields than columns, unless these are empty."""
+    if any(field.strip() for field in row[columns:]):
+        raise UserError(
+            f"{path}: row {number} has {len(row)} fields, the header {columns}: quote texts that "
+            "have commas in them"
+        )
 
 
 def _is_word(text: str) -> bool:

@@ -66,6 +66,8 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
     }
     assert [event.value for event in curves.Scalars("train/loss")] == pytest.approx(losses)
     notes = json.loads((run_dir / "run.json").read_text())
+    versions = {source.split(" (version ")[1] for source in notes["sources"].values()}
+    assert notes["sources"].keys() == {"training", "evaluation"} and len(versions) == 1
     assert notes["config"]["epochs"] == 10 and notes["versions"]["torch"] == torch.__version__
     assert "RobertaForMaskedLM" in capsys.readouterr().out
 
