@@ -128,7 +128,9 @@ class TrainConfig:
         at_most=2**63 - 2**32,
     )
     # ---- The machine
-    device: str = _option("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...")
+    device: str = _option(
+        "auto", "auto (cuda, else mps, Apple's GPU, else cpu), cpu, cuda, cuda:1, mps"
+    )
     precision: str = _option(
         "auto",
         "arithmetic of the matrix products; auto: bf16 if the GPU supports it, else fp16; fp32 on "
@@ -136,6 +138,10 @@ class TrainConfig:
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")
+    gradient_checkpointing: bool = _option(
+        False,
+        "keep less for the backward pass and compute it again there: less memory, slower steps",
+    )
     # ---- The output
     output_dir: str | None = _option(
         None, "directory of the run; default: runs/<recipe>, runs/<recipe>-2, ... (a new one)"

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
@@ -18,9 +16,10 @@ from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.hf.checks import in_eval_mode
 from mlm_scratch.loader import Collator
 from mlm_scratch.masking import IGNORE
-from mlm_scratch.model import masked_lm_logits
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
+from mlm_scratch.util.cross_entropy import cross_entropy_sum
 from mlm_scratch.util.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: MaskedLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: TokenRows,
     config: TrainConfig,
@@ -40,18 +39,17 @@ def evaluate(
     """Predict the masked tokens of all rows.
 
     The ranks take turns at the batches. Each draws all masks, so that they do not depend on the
-    number of ranks. The model's train or eval mode is kept, and so is every
-    random state (the masks have their own generator, and without dropout nothing else is random).
+    number of ranks. The model's train or eval mode is kept, and so is every random state (the masks
+    have their own generator, and without dropout nothing else is random).
 
     Returns:
         eval_loss (nats, mean over all masked tokens), perplexity (its exponential) and
         eval_accuracy (share of masked tokens whose top prediction is right), NaN where no token is
         masked; or None if a stop signal comes before the last batch.
     """
-    collator = Collator(tokenizer, config)  # a new generator with the same seed: the same masks
     device = precision.device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # () read once, at the end
-    correct = torch.zeros((), dtype=torch.int64, device=device)  # ()
+    collator = Collator(tokenizer, config, device)  # a new generator, the same seed and masks
+    sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0
     with in_eval_mode(model):
         starts = range(0, len(rows), config.eval_batch_size)
@@ -66,14 +64,16 @@ def evaluate(
             if turn != ranks.rank:
                 continue
             with precision.autocast():
-                logits, labels = masked_lm_logits(model, batch.to(device))  # (N, V), (N,)
-            loss_sum += cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
-            correct += (logits.argmax(dim=1) == labels).sum()
-    ranks.all_reduce_sum(loss_sum)
-    ranks.all_reduce_sum(correct)
-    loss = loss_sum.item() / n_masked if n_masked else math.nan
+                logits, labels = model.masked_logits(batch.to(device))  # (N, V), (N,)
+            correct = (logits.argmax(dim=1) == labels).sum()  # ()
+            sums.append(torch.stack([cross_entropy_sum(logits, labels), correct]))  # (2,)
+    totals = torch.zeros(2, dtype=torch.float64)  # added up on the CPU: not every GPU has fp64
+    for batch_sums in torch.stack(sums).cpu() if sums else ():
+        totals += batch_sums
+    ranks.all_reduce_sum(totals)
+    loss, accuracy = (totals / n_masked).tolist() if n_masked else (math.nan, math.nan)
     return {
         "eval_loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # e^710 exceeds the largest float
-        "eval_accuracy": correct.item() / n_masked if n_masked else math.nan,
+        "eval_accuracy": accuracy,
     }

@@ -31,13 +31,14 @@ def predict(
         UserError: a text without a mask, too long or not UTF-8; damaged weights.
     """
     inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
-    logits = forward(model, inputs).cpu()  # (B, T, V)
+    logits = forward(model, inputs)  # (B, T, V), on the model's device
     predictions = []
     for row, text in enumerate(texts):
         is_token = inputs["attention_mask"][row].bool()  # (T,), false at padding, on the right
         input_ids = inputs["input_ids"][row][is_token]  # (T,), its own T
         mask_index = find_masks(tokenizer, input_ids, text)  # (M,)
-        probabilities = logits[row][mask_index].softmax(dim=-1)  # (M, V)
+        at_masks = logits[row, mask_index.to(logits.device)].cpu()  # (M, V)
+        probabilities = at_masks.softmax(dim=-1)  # (M, V)
         check_no_nan(probabilities)
         predictions.append((input_ids, mask_index, probabilities))
     return predictions

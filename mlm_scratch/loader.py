@@ -28,25 +28,23 @@ from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import rows_per_step, share_of_step
 from mlm_scratch.util.like_trainer import draw_like_dataloader
-from mlm_scratch.util.shapes import pad_positions
+from mlm_scratch.util.shapes import aligned_width, pad_columns, pad_positions
 
 
 class Batch(NamedTuple):
     """What one forward pass needs."""
 
     input_ids: Tensor  # (B, T) int64, as the model sees them
-    # (B, T) int64, 1 at tokens, 0 at padding. None without padding: a model that is given a mask
-    # inspects it, and then the CPU waits for the GPU.
-    attention_mask: Tensor | None
+    attention_mask: Tensor | None  # (B, T) int64, 1 at tokens, 0 at padding; None without padding
     labels: Tensor  # (B, T) int64, the id to predict, -100 where there is none
-    # (N,) int64, flat indices of the masked tokens; None: run the head on all positions. Found on
-    # the CPU: N is the shape of the logits, and the CPU would have to wait for a GPU to count it.
-    positions: Tensor | None
+    # (N,) int64, flat indices of the masked tokens. Found on the CPU: N is the shape of the logits,
+    # and the CPU would have to wait for a GPU to count it.
+    positions: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to `device` from pinned memory: then the CPU need not wait for the copy."""
-        if device.type == "cpu":
-            return self
+        """Copy to `device`; to a CUDA GPU from pinned memory: the CPU need not wait for that."""
+        if device.type != "cuda":
+            return Batch._make(None if tensor is None else tensor.to(device) for tensor in self)
         return Batch._make(
             None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
             for tensor in self
@@ -125,8 +123,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 class Collator:
     """Pads and masks rows of token ids, on the CPU, with its own random generator."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig):
-        self.config = config
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        device: torch.device | None = None,
+    ):
+        self.config, self.on_gpu = config, device is not None and device.type == "cuda"
         self.mask_token_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
         self.pad_token_id = tokenizer.pad_token_id or 0  # any id works: attention_mask hides it
         # is_special[ids] does for a whole batch what get_special_tokens_mask does row by row.
@@ -159,6 +162,12 @@ class Collator:
             word_ids=word_ids,
             generator=self.generator,
         )
+        if self.on_gpu and attention_mask is not None:
+            # Wider only now: the masks are drawn for (B, T) on every device.
+            width = aligned_width(len(columns), self.config.block_size)
+            input_ids = pad_columns(input_ids, width, self.pad_token_id)  # (B, width)
+            attention_mask = pad_columns(attention_mask, width, 0)  # (B, width)
+            labels = pad_columns(labels, width, IGNORE)  # (B, width)
         return Batch(input_ids, attention_mask, labels, self.positions_of(labels))
 
     def split(self, batch: Batch, rows: range, batch_size: int) -> Iterator[Batch]:
@@ -169,10 +178,8 @@ class Collator:
             labels = batch.labels[part]  # (rows, T)
             yield Batch(batch.input_ids[part], mask, labels, self.positions_of(labels))
 
-    def positions_of(self, labels: Tensor) -> Tensor | None:
-        """(B, T) labels -> (N,) flat indices of the masked tokens; None for the dense head."""
-        if self.config.dense_head:
-            return None
+    def positions_of(self, labels: Tensor) -> Tensor:
+        """(B, T) labels -> (N,) flat indices of the masked tokens."""
         is_masked = labels.flatten() != IGNORE  # (B * T,)
         if self.config.compile:
             return pad_positions(is_masked, self.config.mlm_probability)  # (N,) N always the same

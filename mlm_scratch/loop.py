@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from mlm_scratch.loader import Step
-from mlm_scratch.model import masked_lm_loss
 
 if TYPE_CHECKING:  # for annotations only: run/ imports this file
     from mlm_scratch.run.metrics import NoReport
@@ -37,7 +36,7 @@ def train_step(t: "Training", step: Step) -> tuple[Tensor, Tensor]:
         # DDP: all-reduce gradients once per step, in the last backward.
         t.ddp_model.require_backward_grad_sync = batch is step.batches[-1]
         with t.precision.autocast():
-            loss_sum = masked_lm_loss(t.ddp_model, batch)  # () nats
+            loss_sum = t.ddp_model(batch)  # () nats
         # Divided by the masked tokens of the whole step, not of this batch: then the gradients add
         # up to those of one large batch, however it is split.
         batch_loss = loss_sum / max(step.n_masked, 1)  # ()
@@ -49,10 +48,9 @@ def train_step(t: "Training", step: Step) -> tuple[Tensor, Tensor]:
 
     t.scaler.unscale_(t.optimizer)  # undo the scaling before measuring the norm
     grad_norm = clip_grad_norm_(t.model.parameters(), t.config.max_grad_norm)  # ()
-    scale = t.scaler.get_scale()  # in fp16 the CPU waits for the GPU here; else it is always 1
     t.scaler.step(t.optimizer)  # skipped if any gradient is inf or NaN
     t.scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 good ones
-    if t.scaler.get_scale() >= scale:
+    if not t.scaler.skipped_step():  # in fp16 the CPU waits for the GPU here
         t.scheduler.step()  # a skipped step does not count for the schedule
     t.optimizer.zero_grad()
     return loss, grad_norm

@@ -18,10 +18,10 @@ only, given as indices into the flattened batch, the loss is the same up to roun
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from mlm_scratch.masking import IGNORE
+from mlm_scratch.util.cross_entropy import cross_entropy_sum
+from mlm_scratch.util.shapes import additive_mask
 
 if TYPE_CHECKING:  # for annotations only: loader.py is above this file
     from mlm_scratch.loader import Batch
@@ -34,28 +34,51 @@ class MaskedLM(nn.Module):
     (hf/checks.py runs a small batch to see whether this one is). A hook on the encoder's output
     keeps the hidden states at the masked positions, (B, T, H) -> (1, N, H), and the model's own
     head, whatever it is called, sees one row of N positions instead of B rows of T.
+
+    Attributes:
+        dense_head: run the head on all positions, as Trainer does.
+        ready_mask: hand the model an attention mask that needs no more preparation.
     """
 
     def __init__(self, hf_model: PreTrainedModel):
         super().__init__()
         self.hf_model = hf_model
+        self.dense_head = self.ready_mask = False
         self.positions: Tensor | None = None  # (N,), set during a forward pass
         hf_model.base_model.register_forward_hook(self._keep_positions)
         self.train(hf_model.training)  # a new module starts in train mode
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
-    ) -> Tensor:
-        """Compute the logits at masked positions.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), or None where nothing is padded.
-            positions: (N,) indices into the flattened batch; None: all positions.
+    def forward(self, batch: "Batch") -> Tensor:
+        """Sum the cross-entropy over the masked tokens of a batch.
 
         Returns:
-            (N, V); with positions None (B * T, V).
+            () in nats: a sum, so that the batches of a step can be added up and divided once, by
+            the number of masked tokens in all of them.
+
+        Source: the loss of transformers' *ForMaskedLM models is this sum divided by that number.
         """
+        logits, labels = self.masked_logits(batch)  # (N, V), (N,)
+        return cross_entropy_sum(logits, labels)  # ()
+
+    def masked_logits(self, batch: "Batch") -> tuple[Tensor, Tensor]:
+        """Compute the logits at the masked positions, and their labels.
+
+        Returns:
+            (logits, labels), (N, V) and (N,); with the dense head N is B * T, and most labels are
+            -100.
+        """
+        labels = batch.labels.flatten()  # (B * T,)
+        if self.dense_head:
+            return self.logits(batch.input_ids, batch.attention_mask, None), labels
+        logits = self.logits(batch.input_ids, batch.attention_mask, batch.positions)  # (N, V)
+        return logits, labels[batch.positions]
+
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        """Run the model: (B, T) ids and mask -> (N, V) at these flat positions (None: at all)."""
+        if attention_mask is not None and self.ready_mask:
+            attention_mask = additive_mask(attention_mask)  # (B, 1, 1, T)
         self.positions = positions
         try:
             logits = self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -68,35 +91,3 @@ class MaskedLM(nn.Module):
             hidden = output["last_hidden_state"].flatten(0, 1)  # (B * T, H)
             output["last_hidden_state"] = hidden[self.positions].unsqueeze(0)  # (1, N, H)
         return output
-
-
-def masked_lm_loss(model: nn.Module, batch: "Batch") -> Tensor:
-    """Sum the cross-entropy over the masked tokens of a batch.
-
-    Args:
-        model: a MaskedLM, or one wrapped in DistributedDataParallel.
-        batch: with positions None the head runs on all positions, as in Trainer.
-
-    Returns:
-        () in nats: a sum, so that the batches of a step can be added up and divided once, by the
-        number of masked tokens in all of them.
-
-    Source: the loss of transformers' *ForMaskedLM models is this sum divided by that number.
-    """
-    logits, labels = masked_lm_logits(model, batch)  # (N, V), (N,)
-    return cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)  # ()
-
-
-def masked_lm_logits(model: nn.Module, batch: "Batch") -> tuple[Tensor, Tensor]:
-    """Compute the logits at the masked positions, and their labels.
-
-    Returns:
-        (logits, labels), (N, V) and (N,); with positions None N is B * T, and most labels are
-        -100.
-    """
-    logits = model(batch.input_ids, batch.attention_mask, batch.positions)  # (N, V)
-    labels = batch.labels.flatten()  # (B * T,)
-    if batch.positions is not None:
-        labels = labels[batch.positions]  # (N,)
-    # The loss sums V exponentials: too many for the few digits of half precision.
-    return logits.float(), labels

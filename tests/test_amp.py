@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mlm_scratch.loop import run_steps
+from mlm_scratch.precision import LossScaler
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.checkpoint import load_state
 from mlm_scratch.run.metrics import Report, read_metrics
@@ -42,7 +43,7 @@ def steps(t, count, run_dir="run"):
 
 def with_scale(t, scale):
     """The same Training with another initial loss scale."""
-    t.scaler = torch.amp.GradScaler(t.precision.device.type, init_scale=scale)
+    t.scaler = LossScaler(t.precision.device.type, init_scale=scale)
     return t
 
 

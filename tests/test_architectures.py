@@ -16,8 +16,13 @@ from mlm_scratch.config import TUTORIAL
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
-from mlm_scratch.hf.checks import ignores_padding, sparse_head_works, unused_parameters
-from mlm_scratch.model import MaskedLM, masked_lm_loss
+from mlm_scratch.hf.checks import (
+    ignores_padding,
+    ready_mask_works,
+    sparse_head_works,
+    unused_parameters,
+)
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
 from tests.support.tiny import SENTENCES, batch_of, byte_level_tokenizer
 
@@ -127,9 +132,9 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
     masked_lm = MaskedLM(model)
     assert sparse_head_works(masked_lm)
     losses, gradients = [], []
-    for dense in (True, False):
+    for masked_lm.dense_head in (True, False):
         model.zero_grad()
-        loss_sum = masked_lm_loss(masked_lm, batch_of(*batch(), dense=dense))
+        loss_sum = masked_lm(batch_of(*batch()))
         loss_sum.backward()
         losses.append(loss_sum.item())
         gradients.append(
@@ -145,12 +150,36 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
+def test_a_ready_attention_mask_is_used_where_it_gives_the_same(model):
+    """ModernBERT's local layers would take it in place of their window of 8 tokens."""
+    masked_lm = MaskedLM(model)
+    refused = {"deberta", "deberta-v2", "esm", "modernbert"}
+    assert ready_mask_works(masked_lm, 12) == (model.config.model_type not in refused)
+    masked_lm.ready_mask = ready_mask_works(masked_lm, 12)
+    loss_sum = masked_lm(batch_of(*batch())).item()
+    input_ids, attention_mask, labels = batch()
+    own = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.item()
+    assert loss_sum / 6 == pytest.approx(own, rel=1e-6)
+
+
+def test_a_window_shows_in_rows_that_are_longer():
+    torch.manual_seed(0)
+    config = transformers.ModernBertConfig(
+        vocab_size=len(TOKENIZER),
+        pad_token_id=1,
+        **FAMILIES["ModernBert"] | {"local_attention": 32},
+    )
+    masked_lm = MaskedLM(AutoModelForMaskedLM.from_config(config))
+    works = [ready_mask_works(masked_lm, length) for length in (8, 16, 40, 64)]
+    assert works == [True, True, False, False]  # a window reaches 16 tokens to each side
+
+
 def test_parameters_that_the_loss_never_reaches_are_listed(model):
     """DistributedDataParallel would wait for their gradients."""
     masked_lm = MaskedLM(model)
     unused = unused_parameters(masked_lm)
     assert all(parameter.grad is None for parameter in model.parameters())
-    masked_lm_loss(masked_lm, batch_of(*batch(), dense=False)).backward()
+    masked_lm(batch_of(*batch())).backward()
     without = [parameter for parameter in model.parameters() if parameter.grad is None]
     assert list(map(id, unused)) == list(map(id, without))
 
@@ -158,7 +187,7 @@ def test_parameters_that_the_loss_never_reaches_are_listed(model):
 def test_an_attention_mask_of_ones_equals_none(model):
     masked_lm, (input_ids, _, labels) = MaskedLM(model), batch()
     sums = [
-        masked_lm_loss(masked_lm, batch_of(input_ids[:1], mask, labels[:1], dense=False)).item()
+        masked_lm(batch_of(input_ids[:1], mask, labels[:1])).item()
         for mask in (None, torch.ones_like(input_ids[:1]))
     ]
     assert sums[0] == sums[1]
@@ -171,10 +200,10 @@ def test_evaluation_is_the_same_with_either_head(model):
     )
     config = replace(TUTORIAL, eval_batch_size=4, mlm_probability=0.4)
     cpu = Precision(torch.device("cpu"), torch.float32)
-    sparse, dense = (
-        evaluate(MaskedLM(model), TOKENIZER, rows, replace(config, dense_head=head), cpu)
-        for head in (False, True)
-    )
+    masked_lm, results = MaskedLM(model), []
+    for masked_lm.dense_head in (False, True):
+        results.append(evaluate(masked_lm, TOKENIZER, rows, config, cpu))
+    sparse, dense = results
     assert sparse["eval_loss"] == pytest.approx(dense["eval_loss"], rel=1e-5)
     assert sparse["eval_accuracy"] == dense["eval_accuracy"]
 

@@ -11,7 +11,7 @@ from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
 from mlm_scratch.masking import mask_tokens
-from mlm_scratch.model import MaskedLM, masked_lm_loss
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import parameter_groups
 from tests.support.tiny import byte_level_tokenizer, roberta
 
@@ -52,11 +52,10 @@ def test_model_how_much_arithmetic_the_head_on_masked_positions_saves():
         masked_lm, input_ids = MaskedLM(model), torch.zeros(8, 128, dtype=torch.int64)  # (B, T)
         positions = torch.zeros(round(0.15 * 8 * 128), dtype=torch.int64)  # (N,)
     flops = {}
-    for dense in (True, False):
+    for masked_lm.dense_head in (True, False):
         with FlopCounterMode(display=False) as counter:
-            batch = Batch(input_ids, None, input_ids, None if dense else positions)
-            masked_lm_loss(masked_lm, batch).backward()
-        flops[dense] = counter.get_total_flops()
+            masked_lm(Batch(input_ids, None, input_ids, positions)).backward()
+        flops[masked_lm.dense_head] = counter.get_total_flops()
     assert flops[True] / flops[False] == pytest.approx(1.7, abs=0.1)
 
 

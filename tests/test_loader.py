@@ -92,6 +92,24 @@ def test_a_compiled_model_gets_the_same_number_of_positions_in_every_batch():
             assert len(set(padded.positions.tolist())) == 44
 
 
+def test_a_gpu_gets_widths_that_suit_its_kernels_and_the_same_masks():
+    """A multiple of 8, unless the rows may not be as long as that."""
+    rows = rows_of(*[11, 5, 13, 29] * 8)
+    config = replace(TUTORIAL, block_size=29, mlm_probability=0.4)
+    gpu = torch.device("cuda")
+    plain, aligned = (Collator(ToyTokenizer(), config, device) for device in (None, gpu))
+    for indices, width in (([0, 1], 16), ([4, 2], 16), ([3, 5], 29)):
+        one, other = (collator(rows, np.array(indices)) for collator in (plain, aligned))
+        columns = one.labels.shape[1]
+        assert other.labels.shape == (2, width)
+        for narrow, wide in zip(one[:3], other[:3], strict=True):
+            assert torch.equal(wide[:, :columns], narrow)
+        assert (other.labels[:, columns:] == IGNORE).all() and len(one.positions)
+        assert not other.attention_mask[:, columns:].any()
+        labels = (batch.labels.flatten()[batch.positions] for batch in (one, other))
+        assert torch.equal(*labels)
+
+
 def test_each_epoch_sees_every_row_once_in_a_new_order():
     steps = list(loader(rows_of(*[2] * 7), batch_size=3).steps(0, 6))
     seen = [originals(step.batches[0])[:, 0] for step in steps]

@@ -1,13 +1,19 @@
 """The loop: accumulation, empty steps, no waiting for the GPU, compiled models."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlm_scratch.loop import run_steps
-from mlm_scratch.run.build import prepare
+from mlm_scratch import loop
+from mlm_scratch.config import TUTORIAL
+from mlm_scratch.loop import run_steps, train_step
+from mlm_scratch.parallel.ranks import ALONE, Ranks
+from mlm_scratch.precision import Precision
+from mlm_scratch.run import build
+from mlm_scratch.run.build import compile_options, prepare
 from mlm_scratch.run.directory import make_run_dir
 from mlm_scratch.run.metrics import Report, read_metrics
 from mlm_scratch.run.session import train
@@ -72,6 +78,7 @@ def test_empty_steps_change_nothing_and_do_not_count_in_the_mean(files):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("grouping", ["blocks", "lines"])
 @pytest.mark.parametrize(
     "precision",
     [
@@ -87,12 +94,11 @@ def test_empty_steps_change_nothing_and_do_not_count_in_the_mean(files):
         ),
     ],
 )
-def test_a_step_never_waits_for_the_gpu(files, precision):
+def test_a_step_never_waits_for_the_gpu(files, precision, grouping):
     """From the end of step 2 to that of step 9, between two logs, every synchronization of the
     CPU with the GPU is an error."""
-    t = prepare(
-        small_config(files, device="cuda", precision=precision, max_steps=12, log_every=100)
-    )
+    settings = {"grouping": grouping, "block_size": 64, "max_steps": 12, "log_every": 100}
+    t = prepare(small_config(files, device="cuda", precision=precision, **settings))
 
     class Switch:
         steps = 0
@@ -113,15 +119,77 @@ def test_a_step_never_waits_for_the_gpu(files, precision):
     assert t.steps_done == 12
 
 
+# Two epochs, their last steps short: the shapes of the batches, and so the graphs.
+COMPILED = {
+    "blocks": ({}, 2),
+    "blocks, accumulated": ({"accumulate": 2}, 2),
+    "blocks, dense head": ({"dense_head": True}, 2),
+    "blocks of whole words": ({"whole_word": True}, 2),
+    "padded": ({"grouping": "lines", "block_size": 64}, 1),
+    "padded, accumulated": ({"grouping": "lines", "block_size": 64, "accumulate": 2}, 1),
+}
+
+
+@pytest.mark.parametrize("settings, graphs", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_step_is_one_graph_per_shape(
+    files_without_dropout, monkeypatch, settings, graphs
+):
+    """Counted by a backend that compiles nothing, and that a graph break would be an error for."""
+    compiled_at, steps_begun, options = [], [], build.compile_options
+
+    def backend(graph, inputs):
+        compiled_at.append(len(steps_begun))
+        return graph.forward
+
+    def counted_step(t, step):
+        steps_begun.append(step)
+        return train_step(t, step)
+
+    def counting(*arguments):
+        dynamic = options(*arguments)["dynamic"]
+        return {"dynamic": dynamic, "backend": backend, "fullgraph": True}
+
+    settings = {"log_every": 1, "eval_fraction": 0.2, **settings}
+    plain = read_metrics(train(small_config(files_without_dropout, **settings)))
+    torch.compiler.reset()
+    monkeypatch.setattr(build, "compile_options", counting)
+    monkeypatch.setattr(loop, "train_step", counted_step)
+    run_dir = train(small_config(files_without_dropout, **settings, compile=True))
+    for one, other in zip(plain, read_metrics(run_dir), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    assert len(compiled_at) == graphs
+    first_epoch = len(steps_begun) // 2
+    assert all(step <= first_epoch for step in compiled_at)  # the second has nothing new
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate": 2}, {"grouping": "lines", "block_size": 64}],
+    ids=["blocks", "accumulated", "padded"],
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_a_compiled_model_learns_the_same(files, tmp_path, device):
+def test_a_compiled_model_learns_the_same(files, tmp_path, device, settings):
     """The compiled code reads the positions of each batch, not those of the first one."""
     if device == "cpu" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler, and there is no g++")
+    torch.compiler.reset()
     one_layer = save_roberta(tmp_path / "model", num_hidden_layers=1, **NO_DROPOUT)
-    settings = {"model": str(one_layer), "max_steps": 4, "log_every": 1, "device": device}
+    settings = {**settings, "model": str(one_layer), "max_steps": 4, "log_every": 1}
+    settings = {**settings, "device": device, "precision": "fp32"}
     plain = read_metrics(train(small_config(files, **settings)))
     compiled = read_metrics(train(small_config(files, **settings, compile=True)))
     for one, other in zip(plain, compiled, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_which_graphs_are_compiled():
+    """CUDA graphs only where each step has one batch of a fixed shape on the only GPU."""
+    gpu, cpu = (Precision(torch.device(name), torch.float32) for name in ("cuda", "cpu"))
+    replayed = {"dynamic": False, "mode": "reduce-overhead"}
+    compiled = {"dynamic": False, "mode": "default"}
+    assert compile_options(TUTORIAL, gpu, ALONE) == replayed
+    assert compile_options(TUTORIAL, cpu, ALONE) == compiled
+    assert compile_options(replace(TUTORIAL, accumulate=2), gpu, ALONE) == compiled
+    assert compile_options(TUTORIAL, gpu, Ranks(size=2)) == compiled
+    assert compile_options(replace(TUTORIAL, grouping="lines"), gpu, ALONE) == {"dynamic": True}

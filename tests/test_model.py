@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM
 
 from mlm_scratch.hf.checks import in_eval_mode
-from mlm_scratch.model import MaskedLM, masked_lm_loss
+from mlm_scratch.model import MaskedLM
 from tests.support.tiny import batch_of, bert_config
 
 
@@ -26,8 +26,8 @@ def test_the_head_runs_on_masked_positions_only():
     seen = []
     model.cls.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
     masked_lm = MaskedLM(model)
-    for dense in (False, True):
-        masked_lm_loss(masked_lm, batch_of(*batch(), dense=dense))
+    for masked_lm.dense_head in (False, True):
+        masked_lm(batch_of(*batch()))
     assert seen == [(1, 5, 32), (2, 9, 32)]
 
 
@@ -35,8 +35,8 @@ def test_a_batch_without_masked_tokens_has_loss_0_and_a_gradient_of_0():
     model = AutoModelForMaskedLM.from_config(bert_config())
     input_ids, attention_mask, labels = batch()
     labels.fill_(-100)
-    empty = batch_of(input_ids, attention_mask, labels, dense=False)
-    loss_sum = masked_lm_loss(MaskedLM(model), empty)
+    empty = batch_of(input_ids, attention_mask, labels)
+    loss_sum = MaskedLM(model)(empty)
     assert loss_sum.item() == 0
     loss_sum.backward()
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
@@ -47,14 +47,14 @@ def test_the_hf_model_still_returns_all_logits():
     model = AutoModelForMaskedLM.from_config(bert_config()).eval()
     input_ids, attention_mask, labels = batch()
     before = model(input_ids=input_ids, attention_mask=attention_mask).logits
-    masked_lm_loss(MaskedLM(model), batch_of(input_ids, attention_mask, labels, dense=False))
+    MaskedLM(model)(batch_of(input_ids, attention_mask, labels))
     assert torch.equal(model(input_ids=input_ids, attention_mask=attention_mask).logits, before)
 
 
 def test_the_sum_is_taken_in_fp32_under_autocast():
     model = AutoModelForMaskedLM.from_config(bert_config()).eval()
     with torch.autocast("cpu", torch.bfloat16):
-        loss_sum = masked_lm_loss(MaskedLM(model), batch_of(*batch(), dense=False))
+        loss_sum = MaskedLM(model)(batch_of(*batch()))
         input_ids, attention_mask, labels = batch()
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
     assert loss_sum.dtype == torch.float32
@@ -65,7 +65,7 @@ def test_the_sum_is_taken_in_fp32_under_autocast():
 def test_half_precision_logits_are_summed_in_fp32():
     """Without autocast, which runs cross_entropy in fp32 anyway."""
     model = AutoModelForMaskedLM.from_config(bert_config()).to(torch.bfloat16)
-    assert masked_lm_loss(MaskedLM(model), batch_of(*batch(), dense=False)).dtype == torch.float32
+    assert MaskedLM(model)(batch_of(*batch())).dtype == torch.float32
 
 
 def test_a_wrapped_model_keeps_its_mode():

@@ -66,7 +66,7 @@ class ShardedStream:
             shards = ranks.size
         self.positions = [START] * shards  # only those of this rank's shards are kept up to date
         self.text_digest = _digest(config)
-        self.received: Iterator[Any] = iter(())  # from the workers, while there are any
+        self.received: Iterator[Any] | None = None  # from the workers, while there are any
 
     def __len__(self) -> int:
         """Count the rows of a run: as in Trainer, a stream is one epoch of max_steps steps."""
@@ -86,11 +86,8 @@ class ShardedStream:
                 f"{self.ranks.size} processes cannot share: use a divisor of that number"
             )
 
-    def own_rows_of_steps(self) -> Iterator[np.ndarray]:
-        """Yield this rank's rows of each step, (own rows, T, 2), and keep the positions after it.
-
-        The last axis has a token's id and, with whole words, whether there is a gap before it.
-        """
+    def start(self) -> None:
+        """Fork the worker processes, which read on from the position."""
         own = self._own_shards()
         cores = max(1, (os.cpu_count() or 1) // self.ranks.local_size)
         workers = max(n for n in range(1, cores + 1) if len(own) % n == 0)
@@ -106,9 +103,17 @@ class ShardedStream:
                 generator=torch.Generator(),  # torch's own is for dropout and nothing else
             )
         )
+
+    def own_rows_of_steps(self) -> Iterator[np.ndarray]:
+        """Yield this rank's rows of each step, (own rows, T, 2), and keep the positions after it.
+
+        The last axis has a token's id and, with whole words, whether there is a gap before it.
+        """
+        if self.received is None:
+            self.start()
         while True:
             parts = []
-            for shard in own:
+            for shard in self._own_shards():
                 part, self.positions[shard] = self._next()
                 parts.append(part)
             yield np.concatenate(parts)
@@ -118,6 +123,7 @@ class ShardedStream:
         return range(self.ranks.rank * share, (self.ranks.rank + 1) * share)
 
     def _next(self) -> tuple[np.ndarray, Position]:
+        assert self.received is not None, "own_rows_of_steps has started the workers"
         item = next(self.received)
         if isinstance(item, UserError):
             raise item
@@ -125,7 +131,7 @@ class ShardedStream:
 
     def close(self) -> None:
         """Stop the worker processes."""
-        self.received = iter(())
+        self.received = None
 
 
 class _Shards(IterableDataset):

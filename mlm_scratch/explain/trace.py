@@ -18,7 +18,7 @@ from mlm_scratch.hf.checks import in_eval_mode, sparse_head_works
 from mlm_scratch.hf.encode import encode
 from mlm_scratch.loader import Batch, Collator
 from mlm_scratch.masking import IGNORE
-from mlm_scratch.model import MaskedLM, masked_lm_logits, masked_lm_loss
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.util.errors import UserError
 
 TOP_K = 3
@@ -53,7 +53,7 @@ class Trace:
 
     tokens: list[Token]
     predictions: list[Prediction]
-    loss_sum: float  # nats, from masked_lm_loss
+    loss_sum: float  # nats, from MaskedLM
 
 
 @torch.no_grad()
@@ -68,16 +68,16 @@ def trace(
     ids = encode(model.hf_model, tokenizer, [text])["input_ids"][0].tolist()
     if not text.strip() or set(ids) <= set(tokenizer.all_special_ids):
         raise UserError("there is no token to mask in the text: give a sentence")
-    config = replace(config, dense_head=not sparse_head_works(model))
+    model.dense_head = not sparse_head_works(model)
     rows, collator = row_of(text, tokenizer, config), Collator(tokenizer, config)
     batch = collator(rows, np.arange(1))  # (1, T)
     tokens = follow_tokens(rows.tokens.tolist(), batch, collator)
     with in_eval_mode(model):
-        logits, labels = masked_lm_logits(model, batch)  # (N, V), (N,)
-        loss_sum = masked_lm_loss(model, batch).item()
+        on_device = batch.to(model.hf_model.device)
+        logits, labels = (tensor.cpu() for tensor in model.masked_logits(on_device))
+        loss_sum = model(on_device).item()
     masked = [token for token in tokens if token.label != IGNORE]
-    if batch.positions is None:
-        logits, labels = logits[labels != IGNORE], labels[labels != IGNORE]  # (N, V), (N,)
+    logits, labels = logits[labels != IGNORE].float(), labels[labels != IGNORE]  # (N, V), (N,)
     probabilities = logits.softmax(dim=1)  # (N, V)
     losses = cross_entropy(logits, labels, reduction="none")  # (N,) nats
     predictions = []

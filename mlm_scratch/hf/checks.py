@@ -21,6 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # What models raise for inputs, or for half-precision numbers, that they do not support.
 REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)  # kinds of RuntimeError
 NO_LIMIT = 10**9  # a tokenizer that does not know its model's limit says 10**30
 
 
@@ -35,11 +36,40 @@ def sparse_head_works(model: MaskedLM) -> bool:
     positions = torch.tensor([1, 2, 7], device=input_ids.device)  # (N,)
     try:
         with in_eval_mode(model):
-            dense = model(input_ids, attention_mask, None)[positions]  # (N, V)
-            sparse = model(input_ids, attention_mask, positions)  # (N, V)
+            dense = model.logits(input_ids, attention_mask, None)[positions]  # (N, V)
+            sparse = model.logits(input_ids, attention_mask, positions)  # (N, V)
         return sparse.shape == dense.shape and torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
+    except DEVICE_ERRORS:
+        raise
     except REFUSALS:
         return False
+
+
+@torch.no_grad()
+def ready_mask_works(model: MaskedLM, length: int) -> bool:
+    """Whether rows of up to `length` tokens have the same logits with a ready attention mask.
+
+    Layers with local attention would take it in place of their window. That shows only in rows
+    longer than the window, so `length` has to be that of the run's rows.
+    """
+    model = _copy_with_the_same_weights(model)
+    device = next(model.parameters()).device
+    input_ids = torch.arange(2 * length, device=device).view(2, length)  # (B, T)
+    input_ids %= model.hf_model.config.vocab_size
+    attention_mask = torch.ones_like(input_ids)  # (B, T)
+    attention_mask[1, length // 2 :] = 0
+    is_token = attention_mask.flatten().bool()  # (B * T,)
+    logits = []
+    try:
+        with in_eval_mode(model):
+            for model.ready_mask in (False, True):
+                logits.append(model.logits(input_ids, attention_mask, None)[is_token])  # (N, V)
+    except DEVICE_ERRORS:
+        raise
+    except REFUSALS:
+        return False
+    # Random weights attend to all tokens alike, so a lost window changes little: a strict bound.
+    return bool((logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].std())
 
 
 @torch.no_grad()
@@ -63,13 +93,16 @@ def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             batch = model(input_ids=input_ids, attention_mask=attention_mask).logits  # (B, T, V)
             alone = model(input_ids=input_ids[:1, :short]).logits  # (1, short, V)
         return torch.allclose(batch[:1, :short], alone, rtol=1e-3, atol=1e-4)
+    except DEVICE_ERRORS:
+        raise
     except REFUSALS:
         return False
 
 
 def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
     """List the parameters that the loss never reaches, such as a pooler's."""
-    _copy_with_the_same_weights(model)(*_small_batch(model), None).sum().backward()
+    copy = _copy_with_the_same_weights(model)
+    copy.logits(*_small_batch(model), None).sum().backward()
     unused = [parameter for parameter in model.parameters() if parameter.grad is None]
     model.zero_grad()
     return unused
@@ -104,8 +137,8 @@ def check_no_nan(scores: Tensor) -> None:
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return all(parameter.isfinite().all() for parameter in model.parameters())
+    """Whether no weight is NaN or infinite. Reads the answer for all of them at once."""
+    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.hf.checks import REFUSALS, in_eval_mode, longest_input
-from mlm_scratch.util.errors import UserError, shortened
+from mlm_scratch.util.errors import UserError, is_out_of_memory, shortened
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
@@ -60,6 +60,10 @@ def forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         with in_eval_mode(model):
             return model(**on_device).logits
     except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                f"{model.device} is out of memory for this text: shorten it, or change --device"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model cannot take this text: {reason}") from error
 

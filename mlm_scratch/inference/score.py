@@ -46,8 +46,8 @@ def log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> 
     parts = []
     for rows, columns in zip(input_ids.split(rows_at_once), at.split(rows_at_once), strict=True):
         logits = forward(model, {"input_ids": rows})  # (rows, T, V)
-        row = torch.arange(len(rows))[:, None]  # (rows, 1)
-        parts.append(logits[row, columns].float().cpu())  # (rows, M, V)
+        row = torch.arange(len(rows), device=logits.device)[:, None]  # (rows, 1)
+        parts.append(logits[row, columns.to(logits.device)].float().cpu())  # (rows, M, V)
     log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
     check_no_nan(log_p)
     return log_p

@@ -7,6 +7,7 @@ all-reduces the gradients; everything else goes through a Ranks. A single proces
 which every method is the trivial case.
 """
 
+import functools
 import sys
 import time
 import uuid
@@ -40,7 +41,7 @@ class Ranks(Launch):
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over all ranks. On a GPU, the CPU does not wait."""
         if self.size > 1:
-            distributed.all_reduce(tensor)
+            distributed.all_reduce(tensor, group=_group_for(tensor.device))
 
     def all_reduce_max(self, number: int) -> int:
         """Return the maximum of `number` over all ranks, without touching a GPU."""
@@ -90,23 +91,42 @@ class Ranks(Launch):
         while not self.store.check(keys):
             time.sleep(0.1)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return `model` such that backward sums its gradients over all ranks.
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Return `model`, on `device`, such that backward sums its gradients over all ranks.
 
         DDP would average them. But a step's loss is already divided by the masked tokens of all
         ranks, so that the sum is the gradient of the whole step.
         """
         if self.size == 1:
             return model
-        ddp_model = DistributedDataParallel(model)
+        ddp_model = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=_group_for(device),
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+        )
         ddp_model.register_comm_hook(None, _sum_gradients)
         return ddp_model
+
+
+def _group_for(device: torch.device) -> distributed.ProcessGroup | None:
+    """Return the ranks as a group for tensors on this device; None: gloo, as on every CPU."""
+    return _nccl_group() if device.type == "cuda" else None
+
+
+@functools.cache
+def _nccl_group() -> distributed.ProcessGroup:
+    """Start NCCL, which a process must not do before it forks the workers of a stream."""
+    group = distributed.new_group(backend="nccl")
+    _GROUPS.append(group)
+    return group
 
 
 def _sum_gradients(
     state: None, bucket: distributed.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
-    work = distributed.all_reduce(bucket.buffer(), async_op=True)
+    gradients = bucket.buffer()
+    work = distributed.all_reduce(gradients, group=_group_for(gradients.device), async_op=True)
     assert work is not None, "an asynchronous collective always has one"
     return work.get_future().then(lambda summed: summed.value()[0])
 
@@ -136,9 +156,8 @@ def all_ranks() -> Iterator[Ranks]:
         # After a restart the same store still holds the addresses of the dead ranks, so each
         # attempt has its own prefix.
         store = distributed.PrefixStore(f"attempt {launch.restarts}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(
-            backend, store=store, rank=launch.rank, world_size=launch.size
+            "gloo", store=store, rank=launch.rank, world_size=launch.size
         )
         _GROUPS.append(distributed.group.WORLD)
     except (RuntimeError, ValueError) as error:

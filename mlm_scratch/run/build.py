@@ -1,14 +1,11 @@
 """What is built before the first step: text, model, optimizer, schedule, and the run in memory."""
 
-import ctypes
 import math
-import sys
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -16,7 +13,7 @@ from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import TokenRows, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
-from mlm_scratch.hf.checks import sparse_head_works, unused_parameters
+from mlm_scratch.hf.checks import ready_mask_works, sparse_head_works, unused_parameters
 from mlm_scratch.hf.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator, Loader
 from mlm_scratch.model import MaskedLM
@@ -24,11 +21,13 @@ from mlm_scratch.optim import build_optimizer, build_schedule
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision, choose_precision
 from mlm_scratch.run.checkpoint import load_state
+from mlm_scratch.run.memory import keep_freed_memory
 from mlm_scratch.run.metrics import LossMeter
+from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
+from mlm_scratch.util.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers from glibc's malloc.h
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 
 
@@ -47,16 +46,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     )
     if precision.device.type == "cpu":
         keep_freed_memory()
-    elif precision.dtype == torch.float32:
-        torch.set_float32_matmul_precision("high")  # TF32: 10 bits of mantissa, 8 times the speed
-    model = MaskedLM(hf_model).to(precision.device)
-    if not config.dense_head and not sparse_head_works(model):
-        print(
-            f"{type(hf_model).__name__}: the head cannot run on masked positions alone; running it "
-            "on all of them"
-        )
-        config = replace(config, dense_head=True)
-    collator = Collator(tokenizer, config)
+    model = adapt(hf_model, config, ranks).to(precision.device)
+    collator = Collator(tokenizer, config, precision.device)
     loader: Loader
     if isinstance(rows, ShardedStream):
         loader = StreamLoader(rows, collator, config, precision.device, ranks)
@@ -71,7 +62,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         tokenizer,
         hf_model,
         model,
-        ddp_model=wrap_for_training(model, config, precision, ranks),
+        ddp_model=model,
         loader=loader,
         eval_rows=eval_rows,
         total_steps=total_steps,
@@ -79,11 +70,17 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         scheduler=build_schedule(optimizer, config.warmup_steps, total_steps),
         scaler=precision.grad_scaler(),
         losses=LossMeter(precision.device, config.log_every, ranks),
+        saver=Saver(in_background=precision.device.type != "cpu"),
         sources=sources,
     )
     torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
+    if isinstance(rows, ShardedStream):
+        rows.start()  # forks the workers: unsafe once NCCL is there, which begins with DDP
+    if config.compile:
+        model.compile(**compile_options(config, precision, ranks))
+    t.ddp_model = ranks.wrap(model, precision.device)
     return t
 
 
@@ -123,28 +120,40 @@ def load(
     return tokenizer, hf_model, rows, eval_rows, sources
 
 
-def wrap_for_training(
-    model: MaskedLM, config: TrainConfig, precision: Precision, ranks: Ranks
-) -> nn.Module:
-    """Compile the model if asked to, and wrap it in DDP if there are several ranks."""
+def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> MaskedLM:
+    """Wrap a model, still on the CPU, and find out by small batches what it can do.
+
+    Raises:
+        UserError: the model has no gradient checkpointing, and that is asked for.
+    """
+    model = MaskedLM(hf_model)
+    model.dense_head = config.dense_head or not sparse_head_works(model)
+    if model.dense_head and not config.dense_head:
+        print(
+            f"{type(hf_model).__name__}: the head cannot run on masked positions alone; running it "
+            "on all of them"
+        )
+    if config.grouping == "lines":  # else no row is padded
+        model.ready_mask = ready_mask_works(model, config.block_size)
     if ranks.size > 1:  # DDP would wait for their gradients
         for parameter in unused_parameters(model):
             parameter.requires_grad_(False)
-    if config.compile:
-        # With the same shapes every time the GPU can replay a recorded step (CUDA graphs).
-        static = precision.device.type == "cuda" and config.grouping == "blocks"
-        model.compile(mode="reduce-overhead" if static and config.accumulate == 1 else "default")
-    return ranks.wrap(model)
+    if config.gradient_checkpointing:
+        try:
+            hf_model.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"--gradient-checkpointing: {error}") from error
+    return model
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep freed blocks for the next tensor (Linux with glibc; else nothing).
+def compile_options(config: TrainConfig, precision: Precision, ranks: Ranks) -> dict[str, Any]:
+    """Return the arguments of torch.compile for the shapes that this run has.
 
-    By default it returns each block over 32 MB to the kernel immediately. Every step then
-    needs new pages for the gradient of the embeddings, 154 MB for distilroberta, and the kernel
-    clears them first: a quarter of the time of a step on a CPU.
+    Blocks have the same shape in every step but the last of an epoch, so each of the two gets a
+    graph of its own, without symbolic sizes. A GPU can then even replay a recorded step (CUDA
+    graphs), but not while gradients are accumulated, nor under DDP (pytorch/pytorch#113809).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
-        mallopt(M_TRIM_THRESHOLD, -1)  # nor is the end of the heap returned
+    if config.grouping != "blocks":
+        return {"dynamic": True}
+    can_replay = precision.device.type == "cuda" and config.accumulate == 1 and ranks.size == 1
+    return {"dynamic": False, "mode": "reduce-overhead" if can_replay else "default"}

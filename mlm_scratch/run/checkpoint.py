@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.util.errors import UserError
@@ -28,6 +29,7 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write checkpoint-<step> into `run_dir` and verify it.
 
@@ -38,12 +40,13 @@ def save_checkpoint(
         tokenizer: saved beside it.
         state: anything that `torch.load(weights_only=True)` reads back: tensors, numbers,
             containers.
+        weights: saved instead of the model's own, which may change meanwhile.
 
     Raises:
         OSError: it cannot be written; all older ones are still there.
     """
     directory = run_dir / f"checkpoint-{step}"
-    save_model(directory, model, tokenizer, state)
+    save_model(directory, model, tokenizer, state, weights)
     if fault := find_fault(directory):
         raise OSError(f"{directory.name} is not as it was written: {fault}")
 
@@ -53,14 +56,15 @@ def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model, and the state of its run if given; `directory` appears complete or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    weights = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
-    needed = weights if state is None else 3 * weights  # AdamW keeps two moments per weight
+    size = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+    needed = size if state is None else 3 * size  # AdamW keeps two moments per weight
     free = shutil.disk_usage(directory.parent).free
     if free < needed:
         raise OSError(f"{directory.name} needs {needed:,} bytes, and only {free:,} are free")
@@ -69,7 +73,7 @@ def save_model(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
         if state is not None:
             torch.save(state, unfinished / STATE)

@@ -34,6 +34,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "precision",
     "compile",
+    "gradient_checkpointing",
     "output_dir",
 }
 # What depends on the number of ranks, so that the rows per step stay the same.
@@ -130,7 +131,8 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
         raise UserError(f"--resume: there is no run in {run_dir}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
-    check_same_run({name: saved.get(name) for name in changes}, changes)
+    check_same_run({name: saved.get(name) for name in changes if name not in PER_RANK}, changes)
+    _check_same_rows(saved, {**saved, **changes})
     for name, value in changes.items():
         if name != "output_dir" and saved.get(name) != value:
             print(f"changed: {name} is {value} now, not {saved.get(name)}")
@@ -148,6 +150,18 @@ def check_same_run(begun: dict[str, Any], now: dict[str, Any]) -> None:
                 f"--resume: this run was begun with {name} {value!r}, not {now[name]!r}; begin a "
                 "new run for that"
             )
+
+
+def _check_same_rows(begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError unless batch_size x accumulate is the same."""
+    (size, accumulate), (new_size, new_accumulate) = (
+        (settings["batch_size"], settings["accumulate"]) for settings in (begun, now)
+    )
+    if new_size * new_accumulate != size * accumulate:
+        raise UserError(
+            f"--resume: this run was begun with batch_size {size} x accumulate {accumulate}, not "
+            f"{new_size} x {new_accumulate}: keep their product, or begin a new run"
+        )
 
 
 def _per_rank(batch_size: int, accumulate: int, processes: int) -> dict[str, int]:

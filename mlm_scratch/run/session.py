@@ -26,6 +26,7 @@ from mlm_scratch.run.directory import (
     write_run_json,
 )
 from mlm_scratch.run.first_row import first_row_lines
+from mlm_scratch.run.memory import out_of_memory_means
 from mlm_scratch.run.metrics import NoReport, Report, draw_losses
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.state import Training
@@ -48,7 +49,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         t = run.training
         # If a signal cut this step's evaluation short before the resume, it is run now.
         stopped = t.evaluation_is_due() and t.evaluate_and_save(run.report, run.stop)
-        run.conclude(stopped or run_steps(t, run.report, run.stop))
+        with out_of_memory_means(_smaller_batches(t)):
+            stopped = stopped or run_steps(t, run.report, run.stop)
+        run.conclude(stopped)
     return t.run_dir
 
 
@@ -63,6 +66,7 @@ class Run:
     def conclude(self, stopped: bool) -> None:
         """Write what a finished run leaves behind, or after a stop signal print how to resume."""
         t = self.training
+        t.saver.finish()
         self.report.close()
         if t.ranks.is_first:
             draw_losses(t.run_dir)
@@ -106,7 +110,9 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
             held.callback(t.loader.stream.close)
         with (
             _directory_errors(directory),
+            t.precision.tf32(),
             StopRequest(ranks) as stop,
+            t.saver,
             _begin(t) if ranks.is_first else nullcontext(NoReport()) as report,
         ):
             yield Run(t, report, stop)
@@ -144,7 +150,7 @@ def _begin(t: Training) -> Report:
     """Bring the run directory into the state that the first step of this process expects."""
     shutil.rmtree(t.run_dir / MODEL, ignore_errors=True)  # no longer final after a resume
     if t.steps_done:
-        t.remove_old_checkpoints()  # where a kill came before it
+        t.remove_old_checkpoints(t.steps_done)  # where a kill came before it
     write_run_json(t.config, t.run_dir, t.ranks.name, t.sources)
     point_latest_to(t.run_dir)
     if not t.steps_done and not isinstance(t.loader, StreamLoader):
@@ -185,6 +191,18 @@ def _directory_errors(directory: Path) -> Iterator[None]:
         ) from error
     finally:
         threading.excepthook = excepthook
+
+
+def _smaller_batches(t: Training) -> str:
+    """Say how the same steps fit into less memory."""
+    size, accumulate = t.config.batch_size, t.config.accumulate
+    halved = f"--batch-size {size // 2} --accumulate {2 * accumulate} (the same steps)"
+    if size % 2 or size == 1:
+        halved = "a smaller --batch-size" if size > 1 else "a smaller --block-size"
+    return (
+        f"use {halved}, or --gradient-checkpointing; go on with: {_resume_command(t.run_dir)} and "
+        "these flags"
+    )
 
 
 def _resume_command(directory: Path) -> str:

@@ -18,10 +18,12 @@ from mlm_scratch.loader import Loader
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_schedule
 from mlm_scratch.parallel.ranks import Ranks
-from mlm_scratch.precision import Precision
+from mlm_scratch.precision import LossScaler, Precision
 from mlm_scratch.run.checkpoint import remove_old, save_checkpoint
 from mlm_scratch.run.directory import MAY_CHANGE_ON_RESUME, PER_RANK, check_same_run
+from mlm_scratch.run.memory import out_of_memory_means
 from mlm_scratch.run.metrics import LossMeter, NoReport
+from mlm_scratch.run.saver import Saver, copied_to_cpu
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.util.errors import UserError
 
@@ -42,8 +44,9 @@ class Training:
     total_steps: int
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
+    scaler: LossScaler
     losses: LossMeter
+    saver: Saver
     sources: dict[str, str]  # what is read for training and evaluation, with its version
     run_dir: Path = Path()
     steps_done: int = 0
@@ -68,16 +71,18 @@ class Training:
 
         An evaluation that a signal cuts short is repeated after the resume.
         """
+        self.saver.raise_if_failed()
         if self.eval_rows is not None and self.evaluation_is_due():
-            metrics = evaluate(
-                self.model,
-                self.tokenizer,
-                self.eval_rows,
-                self.config,
-                self.precision,
-                self.ranks,
-                stop,
-            )
+            with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
+                metrics = evaluate(
+                    self.model,
+                    self.tokenizer,
+                    self.eval_rows,
+                    self.config,
+                    self.precision,
+                    self.ranks,
+                    stop,
+                )
             if metrics is not None:
                 report.evaluation(self.steps_done, metrics)
                 self.evaluated_at = self.steps_done
@@ -93,25 +98,32 @@ class Training:
         state = self.state_dict()
         if not self.ranks.is_first:
             return
-        if not weights_are_finite(self.hf_model):
+        weights = None
+        if self.saver.in_background:
+            self.saver.finish()  # before the memory of another copy is taken
+            weights, state = copied_to_cpu((self.hf_model.state_dict(keep_vars=True), state))
+        if not weights_are_finite(self.hf_model):  # read from the GPU, so the copies are complete
             print(
                 f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
                 file=sys.stderr,
             )
             return
-        save_checkpoint(self.run_dir, self.steps_done, self.hf_model, self.tokenizer, state)
-        self.remove_old_checkpoints()
+        step = self.steps_done
 
-    def remove_old_checkpoints(self) -> None:
-        """Keep config.keep of them; that of this step must exist and be valid."""
+        def write() -> None:
+            """Write the checkpoint, and only then remove what it replaces."""
+            save_checkpoint(self.run_dir, step, self.hf_model, self.tokenizer, state, weights)
+            self.remove_old_checkpoints(step)
+
+        self.saver.write(write)
+
+    def remove_old_checkpoints(self, step: int) -> None:
+        """Keep config.keep of them up to that of `step`, which must exist and be valid."""
         scheduled = partial(self.due, self.config.save_every)
-        remove_old(self.run_dir, self.steps_done, self.config.keep, scheduled)
+        remove_old(self.run_dir, step, self.config.keep, scheduled)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on besides the weights."""
-        device = self.precision.device
-        on_cuda = device.type == "cuda"
-        cuda_rng = self.ranks.gather(torch.cuda.get_rng_state(device)) if on_cuda else None
         fixed = asdict(self.config).items()
         return {
             "config": {
@@ -127,7 +139,7 @@ class Training:
             "loader": self.loader.state_dict(),
             "text_digests": self.text_digests(),
             "rng": self.ranks.gather(torch.get_rng_state()),  # of each rank
-            "cuda_rng": cuda_rng,
+            f"{self.precision.device.type}_rng": self.ranks.gather(self.precision.rng_state()),
         }
 
     def text_digests(self) -> dict[str, str]:
@@ -156,9 +168,9 @@ class Training:
             torch.manual_seed(self.config.seed + self.steps_done + self.ranks.rank)
             return
         torch.set_rng_state(state["rng"][self.ranks.rank])
-        device = self.precision.device
-        if state["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank], device)
+        device_rng = state.get(f"{self.precision.device.type}_rng")  # None: begun on another kind
+        if device_rng is not None and device_rng[self.ranks.rank] is not None:
+            self.precision.set_rng_state(device_rng[self.ranks.rank])
 
 
 def check_resume(t: Training, state: dict[str, Any]) -> None:

@@ -17,6 +17,12 @@ class UserError(Exception):
     """Something the user can fix. The message says what is wrong, where, and what to do."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the machine, has no memory left (torch has a type for CUDA only)."""
+    no_memory = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in no_memory)
+
+
 def shortened(text: str) -> str:
     """Quote a text for an error message, cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
@@ -34,8 +40,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and turn what it raises into an exit code.
 
     Returns:
-        what `main` returned (None counts as 0); 2 after a UserError or if the output cannot be
-        written; 130 after Ctrl-C; 141 if the reader of the output has gone. SIGTERM exits with 143.
+        what `main` returned (None counts as 0); 2 after a UserError, without memory, or if the
+        output cannot be written; 130 after Ctrl-C; 141 if the reader of the output has gone.
+        SIGTERM exits with 143.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -60,6 +67,15 @@ def run_command(main: Callable[[], int | None]) -> int:
         if error.errno == errno.EPIPE:
             return BROKEN_PIPE
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "error: out of memory: use a smaller model, or another --device "
+            f"({shortened(str(error))})",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,13 +1,16 @@
-"""Fixed shapes for a compiled model: torch.compile makes a new graph for each new one."""
+"""Shapes that suit a compiled model and a GPU's kernels."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def pad_positions(is_masked: Tensor, mlm_probability: float) -> Tensor:
     """Index the masked tokens, and as many others as make their number the same every time.
+
+    torch.compile makes a new graph for each new shape.
 
     Args:
         is_masked: (B * T,) bool.
@@ -19,5 +22,27 @@ def pad_positions(is_masked: Tensor, mlm_probability: float) -> Tensor:
     """
     total, share = len(is_masked), mlm_probability
     count = math.ceil(total * share + 6 * math.sqrt(total * share * (1 - share)))
-    count = max(count, int(is_masked.sum()))  # whole words vary more than the binomial bound
+    # Whole words vary more than the binomial bound. Coarse steps: few graphs all the same.
+    count += math.ceil(max(0, int(is_masked.sum()) - count) / 64) * 64
     return is_masked.to(torch.uint8).argsort(stable=True, descending=True)[:count]  # (N,)
+
+
+def additive_mask(attention_mask: Tensor) -> Tensor:
+    """(B, T), 1 at tokens -> (B, 1, 1, T) float, what attention adds to its scores.
+
+    Given as (B, T), transformers looks into it on every forward pass (the CPU waits for the GPU),
+    and expands it to (B, 1, T, T).
+    """
+    is_padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, T)
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros_like(is_padding, dtype=torch.float32).masked_fill_(is_padding, lowest)
+
+
+def aligned_width(width: int, limit: int) -> int:
+    """Round up to a multiple of 8, which a GPU's attention kernels need, but not over `limit`."""
+    return max(width, min(math.ceil(width / 8) * 8, limit))
+
+
+def pad_columns(rows: Tensor, width: int, value: int) -> Tensor:
+    """(B, T) -> (B, width), the new columns on the right full of `value`."""
+    return pad(rows, (0, width - rows.shape[1]), value=value)

@@ -1,6 +1,7 @@
 """Streaming: every document once, exact resume, the same rows for any number of ranks."""
 
 import json
+import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_scratch import loop
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.load import load_tokenizer
 from mlm_scratch.loader import Collator
+from mlm_scratch.model import MaskedLM
+from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.run.session import train
 from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.util.errors import UserError
@@ -121,16 +123,30 @@ def test_errors_in_a_stream_are_reported_in_one_line(files, tmp_path):
     assert "holds a NUL" in error('{"text": "a\\u0000b"}\n' * 8)
 
 
+def test_the_workers_are_there_before_ddp_is(files, monkeypatch):
+    """DDP on GPUs starts NCCL, and a process with NCCL must not fork."""
+    wrap, workers = Ranks.wrap, []
+
+    def noted(*arguments):
+        workers.append(len(multiprocessing.active_children()))
+        return wrap(*arguments)
+
+    monkeypatch.setattr(Ranks, "wrap", noted)
+    train(config(files))
+    (count,) = workers
+    assert count > 0 and not multiprocessing.active_children()
+
+
 def test_a_killed_worker_is_reported_in_one_line(files, monkeypatch):
-    step, children = loop.masked_lm_loss, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    forward, children = MaskedLM.forward, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     others = children.read_text().split()
 
     def kill_workers(*args, **kwargs):
         for child in children.read_text().split():
             if child not in others:
                 os.kill(int(child), signal.SIGKILL)
-        return step(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "masked_lm_loss", kill_workers)
+    monkeypatch.setattr(MaskedLM, "forward", kill_workers)
     with pytest.raises(UserError, match="a process that reads the stream ahead was killed"):
         train(config(files))

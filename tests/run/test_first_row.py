@@ -2,20 +2,20 @@
 
 import re
 
-from mlm_scratch import loop
 from mlm_scratch.hf.load import load_tokenizer
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.run.session import train
 from tests.support.tiny import SENTENCES, small_config, write_text
 
 
 def test_a_run_shows_its_first_row_as_the_model_sees_it(files, tmp_path, monkeypatch, capsys):
-    step, rows = loop.masked_lm_loss, []
+    forward, rows = MaskedLM.forward, []
 
     def noted(model, batch):
         rows.append((batch.input_ids[0].tolist(), batch.labels[0].tolist()))
-        return step(model, batch)
+        return forward(model, batch)
 
-    monkeypatch.setattr(loop, "masked_lm_loss", noted)
+    monkeypatch.setattr(MaskedLM, "forward", noted)
     write_text(tmp_path / "a.txt", SENTENCES[1:2])  # a step of one row
     settings = {"grouping": "lines", "block_size": 64, "max_steps": 1, "mlm_probability": 0.5}
     train(small_config(files, train_file=(str(tmp_path / "a.txt"),), seed=1, **settings))

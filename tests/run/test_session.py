@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mlm_scratch.hf.hub import newest_model
-from mlm_scratch.run import state
+from mlm_scratch.run import build, state
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
@@ -223,6 +223,19 @@ def test_an_encoder_decoder_is_refused(files, tmp_path):
     with pytest.raises(UserError, match="has a decoder"):
         train(small_config(files, model=str(tmp_path)))
     assert not Path("runs").exists()
+
+
+def test_a_resume_may_find_that_the_model_can_do_something_else(files, monkeypatch, capsys):
+    """What is found out by trying is no setting: another machine or version may find otherwise."""
+    settings = small_config(files, max_steps=10, save_every=5, log_every=1, lr=1e-6)
+    whole = train(replace(settings, output_dir="whole"))
+    run_dir = train(replace(settings, output_dir="run", max_steps=5))
+    monkeypatch.setattr(build, "sparse_head_works", lambda model: False)
+    train(replace(settings, output_dir="run"), resume=True)
+    assert "the head cannot run on masked positions alone" in capsys.readouterr().out
+    for one, other in zip(read_metrics(whole), read_metrics(run_dir), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert not json.loads((run_dir / "run.json").read_text())["config"]["dense_head"]
 
 
 @pytest.mark.parametrize("trouble", ["vanished", "read-only"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_scratch import loop
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.run import state
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
@@ -51,7 +51,7 @@ def test_runs_killed_at_random_moments_end_like_those_left_alone():
 
 @pytest.mark.parametrize(
     "module, name",
-    [(state, "evaluate"), (state, "save_checkpoint"), (loop, "masked_lm_loss")],
+    [(state, "evaluate"), (state, "save_checkpoint"), (MaskedLM, "forward")],
 )
 @pytest.mark.parametrize("number, code", BOTH_SIGNALS)
 def test_a_signal_loses_nothing_wherever_it_arrives(
@@ -73,7 +73,7 @@ def test_a_signal_loses_nothing_wherever_it_arrives(
     assert "go on with: python train.py --resume --output-dir 'stopped run'" in out
     (newest, *_) = checkpoints(Path("stopped run"))
     assert find_fault(newest) is None and not Path("stopped run/model").exists()
-    assert newest.name == ("checkpoint-1" if name == "masked_lm_loss" else "checkpoint-5")
+    assert newest.name == ("checkpoint-1" if name == "forward" else "checkpoint-5")
     assert_same_run(whole, train(settings, resume=True))
 
 
@@ -81,7 +81,7 @@ def test_an_evaluation_repeated_after_a_resume_is_logged_once(files, monkeypatch
     """Stopped in the evaluation at step 5, then killed after it was repeated."""
     settings = config(files, output_dir="stopped", save_every=7)
     whole = train(replace(settings, output_dir="whole"))
-    evaluate, step = state.evaluate, loop.masked_lm_loss
+    evaluate, step = state.evaluate, MaskedLM.forward
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -94,10 +94,10 @@ def test_an_evaluation_repeated_after_a_resume_is_logged_once(files, monkeypatch
     with pytest.raises(SystemExit):
         train(settings)
     monkeypatch.setattr(state, "evaluate", evaluate)
-    monkeypatch.setattr(loop, "masked_lm_loss", killed)
+    monkeypatch.setattr(MaskedLM, "forward", killed)
     with pytest.raises(KeyboardInterrupt):
         train(settings, resume=True)
-    monkeypatch.setattr(loop, "masked_lm_loss", step)
+    monkeypatch.setattr(MaskedLM, "forward", step)
     assert '"eval_loss"' in Path("stopped/metrics.jsonl").read_text()
     assert_same_run(whole, train(settings, resume=True))
 

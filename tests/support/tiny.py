@@ -125,11 +125,9 @@ def small_flags(files: Path) -> list[Any]:
     ]
 
 
-def batch_of(
-    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, dense: bool
-) -> Batch:
-    """A batch of (B, T) tensors, with the positions of its masked tokens unless `dense`."""
-    positions = None if dense else (labels.flatten() != IGNORE).nonzero().squeeze(1)  # (N,)
+def batch_of(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Batch:
+    """A batch of (B, T) tensors, with the positions of its masked tokens."""
+    positions = (labels.flatten() != IGNORE).nonzero().squeeze(1)  # (N,)
     return Batch(input_ids, attention_mask, labels, positions)
 
 

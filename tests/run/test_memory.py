@@ -1,0 +1,96 @@
+"""Out of memory is one line that says how the same steps fit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import RobertaForMaskedLM
+from transformers.models.roberta.modeling_roberta import RobertaIntermediate
+
+import infer
+import train as command
+from mlm_scratch.hf.checks import ignores_padding, sparse_head_works
+from mlm_scratch.hf.load import load_model, load_tokenizer
+from mlm_scratch.model import MaskedLM
+from mlm_scratch.run import state
+from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.run.session import train
+from mlm_scratch.util.errors import UserError
+from tests.support.tiny import small_config, small_flags
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+
+def test_a_step_that_does_not_fit_goes_on_in_halves(files_without_dropout, monkeypatch, call):
+    """With the flags that the error names: the same steps, up to rounding."""
+    settings = {"max_steps": 9, "log_every": 1, "save_every": 4, "lr": 1e-4}
+    whole = read_metrics(train(small_config(files_without_dropout, **settings)))
+    forward, batches = MaskedLM.forward, []
+
+    def full(self, batch):
+        batches.append(len(batch.input_ids))
+        if batches[-1] > 4 and len(batches) > 6:
+            out_of_memory()
+        return forward(self, batch)
+
+    monkeypatch.setattr(MaskedLM, "forward", full)
+    with pytest.raises(UserError) as raised:
+        train(small_config(files_without_dropout, output_dir="run", **settings))
+    advice = (
+        "out of memory: use --batch-size 4 --accumulate 2 (the same steps), or "
+        "--gradient-checkpointing; go on with: python train.py --resume --output-dir run"
+    )
+    assert advice in str(raised.value)
+    code, out, err = call(
+        command, "--resume", "--output-dir", "run", "--batch-size", 4, "--accumulate", 2
+    )
+    assert code == 0 and "steps 4 to 9" in out, err
+    assert set(batches[7:]) <= {4, 1, 3, 2}
+    for one, other in zip(whole, read_metrics(Path("run")), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    code, _, err = call(command, "--resume", "--output-dir", "run", "--batch-size", 2)
+    assert code == 2 and "keep their product" in err
+
+
+def test_other_places_name_their_own_remedy(files, monkeypatch, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedLM, "to", out_of_memory)
+        code, _, err = call(command, *small_flags(files), "--max-steps", 1)
+    assert code == 2 and err.splitlines()[-1].startswith(
+        "error: out of memory: use a smaller model"
+    )
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--eval-batch-size"):
+        patch.setattr(state, "evaluate", out_of_memory)
+        train(small_config(files, eval_fraction=0.2, max_steps=1))
+    monkeypatch.setattr(RobertaForMaskedLM, "forward", out_of_memory)
+    code, _, err = call(infer, "--model", files / "model", "A <mask> galaxy.")
+    assert code == 2 and "cpu is out of memory for this text: shorten it" in err
+    model = load_model(files / "model")
+    with pytest.raises(torch.OutOfMemoryError):  # not False
+        sparse_head_works(MaskedLM(model))
+    with pytest.raises(torch.OutOfMemoryError):
+        ignores_padding(model, load_tokenizer(files / "model"))
+
+
+def test_gradient_checkpointing_computes_the_layers_twice_and_changes_nothing(files, monkeypatch):
+    """With dropout, whose masks are drawn again."""
+    forward, calls = RobertaIntermediate.forward, []
+    monkeypatch.setattr(
+        RobertaIntermediate, "forward", lambda self, x: calls.append(1) or forward(self, x)
+    )
+    losses, counts = [], []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "max_steps": 5, "log_every": 1}
+        calls.clear()
+        losses.append(read_metrics(train(small_config(files, **settings))))
+        counts.append(len(calls))
+    assert losses[0] == losses[1]
+    assert counts[1] - counts[0] == 2 * 5  # a layer of two, in each step
+
+
+def test_a_model_without_gradient_checkpointing_is_refused(files, monkeypatch):
+    monkeypatch.setattr(RobertaForMaskedLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"--gradient-checkpointing: .*does not support"):
+        train(small_config(files, gradient_checkpointing=True, max_steps=1))
