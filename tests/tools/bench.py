@@ -112,16 +112,22 @@ def trainer_steps(
 ) -> float:
     """Measure the seconds per optimizer step of Trainer."""
     config = tutorial_shape(model, text, column, device=device, batch_size=int(batch_size))
+    times = StepTimes()
+    run_trainer(config, int(steps) + 1, times)
+    return seconds_per_step(times.clock, choose_precision(config.device, config.precision).device)
+
+
+def run_trainer(config: TrainConfig, steps: int, callback: TrainerCallback) -> None:
+    """Run this many steps of Trainer with the settings, text and random weights of `config`."""
     precision = choose_precision(config.device, config.precision)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
     rows = prepare_rows(load_documents(config)[0], tokenizer, config)
-    count, times = int(steps) + 1, StepTimes()
     with tempfile.TemporaryDirectory() as directory:
         Trainer(
-            model=load_model(model, "scratch"),
+            model=load_model(config.model, "scratch"),
             args=TrainingArguments(
                 directory,
-                max_steps=count,
+                max_steps=steps,
                 per_device_train_batch_size=config.batch_size,
                 learning_rate=config.lr,
                 save_strategy="no",
@@ -129,13 +135,13 @@ def trainer_steps(
                 disable_tqdm=True,
                 use_cpu=precision.device.type == "cpu",
                 bf16=precision.dtype == torch.bfloat16,
+                fp16=precision.dtype == torch.float16,
                 logging_steps=10_000,
             ),
-            train_dataset=examples_of(rows, count * config.batch_size),
+            train_dataset=examples_of(rows, steps * config.batch_size),
             data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.seed),
-            callbacks=[times],
+            callbacks=[callback],
         ).train()
-    return seconds_per_step(times.clock, precision.device)
 
 
 def tutorial_grouping(examples: dict[str, list[list[int]]], block_size: int) -> dict:
