@@ -46,7 +46,7 @@ from mlm_scratch.util.runs import MODEL, checkpoints
 from tests.support.fake_gpu import FakeGpu, Record, environment, fake_gpu, why_not
 from tests.support.processes import TIMEOUT, forget_after
 from tests.support.same import WEIGHTS
-from tests.support.tiny import small_config
+from tests.support.tiny import NO_DROPOUT, save_files, small_config
 
 MUST_RUN = "MLM_SCRATCH_NEED_STAND_IN"  # if it is set, a skip is a failure
 
@@ -221,7 +221,13 @@ MIXTURES = {
 
 
 @pytest.fixture(scope="module")
-def found(files_without_dropout, tmp_path_factory):
+def files(tmp_path_factory):
+    """A model without dropout, whose vocabulary is no multiple of 64."""
+    return save_files(tmp_path_factory.mktemp("files"), vocab_size=333, **NO_DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def found(files, tmp_path_factory):
     """What every scenario returned, by its name."""
     if reason := why_not():
         if os.environ.get(MUST_RUN):
@@ -230,7 +236,7 @@ def found(files_without_dropout, tmp_path_factory):
     directory = tmp_path_factory.mktemp("stand_in")
     program = "import sys; from tests.test_gpu_stand_in import main; main(sys.argv[1])"
     run = subprocess.run(
-        [sys.executable, "-c", program, files_without_dropout],
+        [sys.executable, "-c", program, files],
         cwd=directory,
         env=environment(directory) | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -314,8 +320,9 @@ def test_a_step_that_overflows_is_skipped(found):
     assert result["difference"] == 0
 
 
-def test_a_run_begun_on_a_cpu_goes_on_on_a_gpu(found):
-    result = result_of(found, "resume")
+@pytest.mark.parametrize("begun, ended", [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_run_begun_on_one_device_goes_on_on_the_other(found, begun, ended):
+    result = result_of(found, f"resume {begun} {ended}")
     assert len(result["gpu"]) == 4
     assert_close(result["gpu"], result["cpu"])
     assert result["difference"] < 1e-5
@@ -391,7 +398,8 @@ def scenarios(files: Path) -> dict[str, Callable[[], Any]]:
         f"fault {MIXED}": partial(with_fault, files, MIXED, "bf16"),
         **{f"run {name}": partial(whole_runs, files, name) for name in ("fp32", "bf16", "fp16")},
         "overflow": partial(whole_runs, files, "fp16", init_scale=2.0**40),
-        "resume": partial(resumed_run, files),
+        "resume cpu cuda": partial(resumed_run, files, "cpu", "cuda"),
+        "resume cuda cpu": partial(resumed_run, files, "cuda", "cpu"),
         **{name: partial(predictions, files / "model", name) for name in PREDICTIONS},
         "infer.py": lambda: [printed(files / "model", device) for device in ("cuda", "cpu")],
         "waits": lambda: {code: [kind for kind, _ in evaluated(code).waits] for code in WAYS},
@@ -423,6 +431,7 @@ def take_steps(
         with patch.object(t.losses, "add", keep), no_save, t.saver:
             loop.run_steps(t, NoReport(), StopRequest())
         assert all(parameter.is_cuda for parameter in t.model.parameters())
+        assert len(t.hf_model.get_input_embeddings().weight) % 64 == 0
         return {
             "steps": [vars(record) for record in records],
             "losses": [loss.item() for loss in losses],
@@ -525,14 +534,15 @@ def whole_runs(files: Path, precision: str, init_scale: float = 2.0**16) -> Any:
     return compared(on_gpu, on_cpu) | {"names": [path.name for path in checkpoints(on_gpu)]}
 
 
-def resumed_run(files: Path) -> Any:
-    """Train for four steps on the CPU; then again, the last two of them on the GPU."""
+def resumed_run(files: Path, begun: str, ended: str) -> Any:
+    """Train for four steps on the CPU; and for two on one device, then for two on the other."""
     settings: dict[str, Any] = {"max_steps": 4, "log_every": 1, "save_every": 2}
     settings |= {"precision": "fp32", "weight_decay": 0.1}
     with fake_gpu():
-        on_cpu, on_both = (train(small_config(files, **settings)) for _ in range(2))
+        on_cpu = train(small_config(files, **settings))
+        on_both = train(small_config(files, device=begun, **settings))
         forget_after(2, on_both)
-        config = small_config(files, device="cuda", output_dir=str(on_both), **settings)
+        config = small_config(files, device=ended, output_dir=str(on_both), **settings)
         train(config, resume=True)
     return compared(on_both, on_cpu)
 

@@ -31,7 +31,7 @@ def sparse_head_works(model: MaskedLM) -> bool:
 
     If not, the head has to run on all positions.
     """
-    model = _copy_with_the_same_weights(model)
+    model = copy_with_the_same_weights(model)
     input_ids, attention_mask = _small_batch(model)  # (B, T), (B, T)
     positions = torch.tensor([1, 2, 7], device=input_ids.device)  # (N,)
     try:
@@ -52,7 +52,7 @@ def ready_mask_works(model: MaskedLM, length: int) -> bool:
     Layers with local attention would take it in place of their window. That shows only in rows
     longer than the window, so `length` has to be that of the run's rows.
     """
-    model = _copy_with_the_same_weights(model)
+    model = copy_with_the_same_weights(model)
     device = next(model.parameters()).device
     input_ids = torch.arange(2 * length, device=device).view(2, length)  # (B, T)
     input_ids %= model.hf_model.config.vocab_size
@@ -81,7 +81,7 @@ def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """
     if tokenizer.pad_token_id is None:
         return False
-    model = _copy_with_the_same_weights(model)
+    model = copy_with_the_same_weights(model)
     length = min(32, longest_input(tokenizer, model))
     input_ids = torch.arange(2 * length, device=model.device).view(2, length)  # (B, T)
     input_ids %= model.config.vocab_size
@@ -101,7 +101,7 @@ def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
     """List the parameters that the loss never reaches, such as a pooler's."""
-    copy = _copy_with_the_same_weights(model)
+    copy = copy_with_the_same_weights(model)
     copy.logits(*_small_batch(model), None).sum().backward()
     unused = [parameter for parameter in model.parameters() if parameter.grad is None]
     model.zero_grad()
@@ -166,7 +166,7 @@ def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     return min(limits)
 
 
-def _copy_with_the_same_weights(model: Model) -> Model:
+def copy_with_the_same_weights(model: Model) -> Model:
     """Copy a model before running it: a short row permanently changes BigBird's attention type."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

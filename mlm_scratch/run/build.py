@@ -15,6 +15,7 @@ from mlm_scratch.data.rows import TokenRows, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.checks import ready_mask_works, sparse_head_works, unused_parameters
 from mlm_scratch.hf.load import load_tokenizer_and_model
+from mlm_scratch.hf.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.loader import Collator, Loader
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_optimizer, build_schedule
@@ -46,7 +47,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     )
     if precision.device.type == "cpu":
         keep_freed_memory()
-    model = adapt(hf_model, config, ranks).to(precision.device)
+    model = adapt(hf_model, config, ranks)
+    on_gpu = precision.device.type == "cuda"
+    vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
+    model.to(precision.device)
     collator = Collator(tokenizer, config, precision.device)
     loader: Loader
     if isinstance(rows, ShardedStream):
@@ -70,6 +74,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         scheduler=build_schedule(optimizer, config.warmup_steps, total_steps),
         scaler=precision.grad_scaler(),
         losses=LossMeter(precision.device, config.log_every, ranks),
+        vocabulary=vocabulary,
         saver=Saver(in_background=precision.device.type != "cpu"),
         sources=sources,
     )

@@ -27,26 +27,26 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     model: PreTrainedModel,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
-    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write checkpoint-<step> into `run_dir` and verify it.
 
     Args:
         run_dir: the run directory.
         step: steps done so far.
-        model: saved with its configuration.
+        model: its configuration is saved.
+        weights: its state, perhaps of an earlier step: the model may change meanwhile.
         tokenizer: saved beside it.
         state: anything that `torch.load(weights_only=True)` reads back: tensors, numbers,
             containers.
-        weights: saved instead of the model's own, which may change meanwhile.
 
     Raises:
         OSError: it cannot be written; all older ones are still there.
     """
     directory = run_dir / f"checkpoint-{step}"
-    save_model(directory, model, tokenizer, state, weights)
+    save_model(directory, model, weights, tokenizer, state)
     if fault := find_fault(directory):
         raise OSError(f"{directory.name} is not as it was written: {fault}")
 
@@ -54,9 +54,9 @@ def save_checkpoint(
 def save_model(
     directory: Path,
     model: PreTrainedModel,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any] | None = None,
-    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model, and the state of its run if given; `directory` appears complete or not at all.
 

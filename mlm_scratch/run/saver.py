@@ -31,6 +31,10 @@ class Saver:
     ) -> None:
         self.finish()
 
+    def readable(self, value: Any) -> Any:
+        """Return what a write may read: in the background a copy, since the steps change it."""
+        return copied_to_cpu(value) if self.in_background else value
+
     def write(self, job: Callable[[], None]) -> None:
         """Call `job`, once the one before is done. Raises what that one raised."""
         self.finish()

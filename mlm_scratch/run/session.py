@@ -81,7 +81,8 @@ class Run:
         if t.ranks.is_first:
             if nonfinite := t.losses.nonfinite.item():
                 print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
-            save_model(t.run_dir / MODEL, t.hf_model, t.tokenizer)
+            weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
+            save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
+from mlm_scratch.hf.padded_vocabulary import PaddedVocabulary
 from mlm_scratch.loader import Loader
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_schedule
@@ -23,7 +24,7 @@ from mlm_scratch.run.checkpoint import remove_old, save_checkpoint
 from mlm_scratch.run.directory import MAY_CHANGE_ON_RESUME, PER_RANK, check_same_run
 from mlm_scratch.run.memory import out_of_memory_means
 from mlm_scratch.run.metrics import LossMeter, NoReport
-from mlm_scratch.run.saver import Saver, copied_to_cpu
+from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.util.errors import UserError
 
@@ -46,6 +47,7 @@ class Training:
     scheduler: LambdaLR
     scaler: LossScaler
     losses: LossMeter
+    vocabulary: PaddedVocabulary
     saver: Saver
     sources: dict[str, str]  # what is read for training and evaluation, with its version
     run_dir: Path = Path()
@@ -98,10 +100,8 @@ class Training:
         state = self.state_dict()
         if not self.ranks.is_first:
             return
-        weights = None
-        if self.saver.in_background:
-            self.saver.finish()  # before the memory of another copy is taken
-            weights, state = copied_to_cpu((self.hf_model.state_dict(keep_vars=True), state))
+        self.saver.finish()  # before the memory of another copy is taken
+        weights, state = self.saver.readable((self.vocabulary.weights(self.hf_model), state))
         if not weights_are_finite(self.hf_model):  # read from the GPU, so the copies are complete
             print(
                 f"warning: step {self.steps_done}: weights are NaN or infinite: not saved",
@@ -112,7 +112,7 @@ class Training:
 
         def write() -> None:
             """Write the checkpoint, and only then remove what it replaces."""
-            save_checkpoint(self.run_dir, step, self.hf_model, self.tokenizer, state, weights)
+            save_checkpoint(self.run_dir, step, self.hf_model, weights, self.tokenizer, state)
             self.remove_old_checkpoints(step)
 
         self.saver.write(write)
@@ -133,7 +133,7 @@ class Training:
             "steps_done": self.steps_done,
             "evaluated_at": self.evaluated_at,
             **self.losses.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.vocabulary.optimizer_state(self.optimizer),
             "scheduled_steps": self.scheduler.last_epoch,  # without skipped steps
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
@@ -156,7 +156,7 @@ class Training:
         check_resume(self, state)
         self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
         self.losses.load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.vocabulary.load_optimizer_state(self.optimizer, state["optimizer"])
         # Rebuilt rather than loaded: if the run is longer now, its rates are other ones.
         self.scheduler = build_schedule(
             self.optimizer, self.config.warmup_steps, self.total_steps, state["scheduled_steps"]
