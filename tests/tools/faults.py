@@ -32,7 +32,8 @@ import torch
 from tqdm import tqdm
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.run import session, state
+from mlm_scratch.run import build, session, state
+from mlm_scratch.run.saver import Saver
 from mlm_scratch.util.runs import RUN_JSON
 from tests.support.same import assert_same_run
 from tests.support.tiny import SENTENCES, save_files, small_config
@@ -56,15 +57,19 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"precision": "fp16"},  # with the scaler
     {"grouping": "lines", "whole_word": True, "keep": 1},
 )
+IN_BACKGROUND = 1  # the variant whose killed runs, as on a GPU, take steps while they save
 
 
-def run_in_child(config: TrainConfig, phase: mmap.mmap, die_at_call: int = 0) -> int:
+def run_in_child(
+    config: TrainConfig, phase: mmap.mmap, die_at_call: int, in_background: bool
+) -> int:
     """Fork a process that trains, or resumes if `config.output_dir` holds a run.
 
     Args:
         config: the settings of the run.
         phase: a byte shared with the child: an index of PHASES.
         die_at_call: the child kills itself at this call of a function in DISK; 0: never.
+        in_background: save while the steps go on.
 
     Returns:
         its process id.
@@ -80,6 +85,8 @@ def run_in_child(config: TrainConfig, phase: mmap.mmap, die_at_call: int = 0) ->
             os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         faulthandler.dump_traceback_later(60, exit=True, file=2)  # if it hangs
         follow(phase, die_at_call)
+        if in_background:
+            build.Saver = lambda in_background: Saver(in_background=True)  # type: ignore
         session.train(config, resume=Path(config.output_dir or "", RUN_JSON).exists())
         code = 0
     except SystemExit as stopped:
@@ -126,7 +133,11 @@ def follow(phase: mmap.mmap, die_at_call: int) -> None:
 
 
 def kill_until_finished(
-    config: TrainConfig, seconds: float, max_kills: int, deaths: Counter
+    config: TrainConfig,
+    seconds: float,
+    max_kills: int,
+    deaths: Counter,
+    in_background: bool = False,
 ) -> None:
     """Train, with kills until there have been `max_kills`.
 
@@ -135,6 +146,7 @@ def kill_until_finished(
         seconds: how long the run takes if it is left alone.
         max_kills: of all runs together.
         deaths: counts the kills by phase.
+        in_background: save while the steps go on.
     """
     phase = mmap.mmap(-1, 1)
     while True:
@@ -142,7 +154,8 @@ def kill_until_finished(
         kind = random.choice(("time", "time", "time", "call", "call", "term"))
         if deaths.total() >= max_kills:
             kind = "none"
-        child = run_in_child(config, phase, random.randint(1, 150) if kind == "call" else 0)
+        die_at_call = random.randint(1, 150) if kind == "call" else 0
+        child = run_in_child(config, phase, die_at_call, in_background)
         if kind in ("time", "term"):
             time.sleep(random.uniform(0, seconds))
             with suppress(ProcessLookupError):
@@ -193,7 +206,7 @@ def main() -> None:
             whole_dir, seconds = whole_runs[variant]
             killed_dir = Path(f"killed-{runs}")
             killed = replace(config, output_dir=str(killed_dir))
-            kill_until_finished(killed, seconds, arguments.kills, deaths)
+            kill_until_finished(killed, seconds, arguments.kills, deaths, variant == IN_BACKGROUND)
             assert_same_run(whole_dir, killed_dir)
             shutil.rmtree(killed_dir)
             runs += 1
