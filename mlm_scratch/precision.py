@@ -115,6 +115,8 @@ def _choose_device(name: str, launch: Launch) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", *ACCELERATORS):
             raise RuntimeError(f"only cpu, {' and '.join(ACCELERATORS)} are supported")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("torch finds no Apple GPU")
         # Memory alone is to be had on a GPU that this torch has no kernels for, so run one.
         (torch.ones(2, device=device) + 1).tolist()
         if device.type == "cuda":

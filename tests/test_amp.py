@@ -130,6 +130,9 @@ def test_a_resume_restores_the_scaler(config, device):
     again = prepare(config, Path("run/checkpoint-6"))
     assert again.scaler.state_dict() == t.scaler.state_dict()
     assert load_state(Path("run/checkpoint-6"))["scaler"]["scale"] == t.scaler.get_scale()
+    lower = LossScaler("cpu", init_scale=2.0**4).state_dict()
+    again.scaler.load_state_dict(lower)
+    assert not again.scaler.skipped_step()  # its scale was lower when it was saved already
 
 
 @pytest.mark.parametrize("device", DEVICES)

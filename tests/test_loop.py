@@ -124,6 +124,7 @@ COMPILED = {
     "blocks": ({}, 2),
     "blocks, accumulated": ({"accumulate": 2}, 2),
     "blocks, dense head": ({"dense_head": True}, 2),
+    "blocks, checkpointed": ({"gradient_checkpointing": True}, 2),
     "blocks of whole words": ({"whole_word": True}, 2),
     "padded": ({"grouping": "lines", "block_size": 64}, 1),
     "padded, accumulated": ({"grouping": "lines", "block_size": 64, "accumulate": 2}, 1),

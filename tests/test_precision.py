@@ -89,6 +89,12 @@ def test_a_driver_without_a_gpu_for_torch_is_warned_about(monkeypatch, capsys, b
     assert not capsys.readouterr().err
 
 
+def test_without_an_apple_gpu_mps_is_refused_in_a_few_words():
+    with pytest.raises(UserError) as raised:
+        choose_precision("mps", "auto")
+    assert str(raised.value) == "--device mps cannot be used: torch finds no Apple GPU"
+
+
 def test_auto_takes_apples_gpu_in_fp32(an_apple_gpu, monkeypatch):
     precision = choose_precision("auto", "auto")
     assert precision == Precision(torch.device("mps"), torch.float32)

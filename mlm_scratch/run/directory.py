@@ -31,10 +31,12 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "keep",
     "eval_every",
+    "eval_batch_size",  # its masks change, too
     "device",
     "precision",
     "compile",
     "gradient_checkpointing",
+    "no_packing",
     "output_dir",
 }
 # What depends on the number of ranks, so that the rows per step stay the same.
@@ -121,11 +123,16 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     try:
         noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
         saved: dict[str, Any] = {
+            option.name: option.default for option in dataclasses.fields(TrainConfig)
+        }
+        saved |= {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in noted["config"].items()
         }
         # The same command line again is no change, however the rows are shared now.
-        changes = {name: value for name, value in changes.items() if value != saved.get(name)}
+        is_new = {name for name, value in changes.items() if value != saved.get(name)}
+        is_new |= PER_RANK if is_new & PER_RANK else set()
+        changes = {name: value for name, value in changes.items() if name in is_new}
         saved |= _per_rank(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error
@@ -203,7 +210,7 @@ def write_run_json(
 ) -> None:
     """Note the settings, what is read, the versions of the packages, and the launch.
 
-    After a resume, settings per rank and the number of ranks stay those that the run began with.
+    On another number of ranks, that number and the settings per rank stay as they were.
     """
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content: dict[str, Any] = {
@@ -217,8 +224,9 @@ def write_run_json(
     try:
         if (run_dir / RUN_JSON).exists():
             begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
-            content["processes"] = begun["processes"]
-            content["config"] |= {name: begun["config"][name] for name in PER_RANK}
+            if begun["processes"] != content["processes"]:
+                content["processes"] = begun["processes"]
+                content["config"] |= {name: begun["config"][name] for name in PER_RANK}
         unfinished = run_dir / f".{RUN_JSON}"
         unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         os.replace(unfinished, run_dir / RUN_JSON)

@@ -4,6 +4,7 @@ Weights and optimizer are copied to the CPU first, so that the steps do not chan
 written. A run on a CPU has no such copy, and no core to spare: it waits until all is written.
 """
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
@@ -29,7 +30,11 @@ class Saver:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.finish()
+        while self._writing is not None:  # the run directory is ours until all is written
+            try:
+                self.finish()
+            except KeyboardInterrupt:
+                print("a checkpoint is being written: wait for it", file=sys.stderr)
 
     def readable(self, value: Any) -> Any:
         """Return what a write may read: in the background a copy, since the steps change it."""
@@ -62,17 +67,17 @@ def copied_to_cpu(value: Any) -> Any:
     From a GPU to pinned memory, without waiting: the copies are complete once a number that is
     computed after them has been read.
     """
-    copies: dict[int, Tensor] = {}
+    return _copied(value, {})
 
-    def copied(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            if id(part) not in copies:
-                copies[id(part)] = part.detach().to("cpu", non_blocking=True, copy=True)
-            return copies[id(part)]
-        if isinstance(part, dict):
-            return {name: copied(entry) for name, entry in part.items()}
-        if isinstance(part, list | tuple):
-            return type(part)(copied(entry) for entry in part)
-        return part
 
-    return copied(value)
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    # No closure: one that calls itself is a cycle, and its copies wait for the garbage collector.
+    if isinstance(value, Tensor):
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().to("cpu", non_blocking=True, copy=True)
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {name: _copied(entry, copies) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(entry, copies) for entry in value)
+    return value

@@ -196,14 +196,19 @@ def _directory_errors(directory: Path) -> Iterator[None]:
 
 def _smaller_batches(t: Training) -> str:
     """Say how the same steps fit into less memory."""
-    size, accumulate = t.config.batch_size, t.config.accumulate
-    halved = f"--batch-size {size // 2} --accumulate {2 * accumulate} (the same steps)"
-    if size % 2 or size == 1:
-        halved = "a smaller --batch-size" if size > 1 else "a smaller --block-size"
-    return (
-        f"use {halved}, or --gradient-checkpointing; go on with: {_resume_command(t.run_dir)} and "
-        "these flags"
-    )
+    size, ways = t.config.batch_size, []
+    if size > 1:
+        smaller = max(part for part in range(1, size) if size % part == 0)
+        accumulate = t.config.accumulate * size // smaller
+        ways.append(f"--batch-size {smaller} --accumulate {accumulate}")
+    if t.hf_model.supports_gradient_checkpointing and not t.config.gradient_checkpointing:
+        ways.append("--gradient-checkpointing")
+    if not ways:
+        return "begin a new run with a smaller --block-size or model"
+    command = _resume_command(t.run_dir)
+    if t.ranks.by_torchrun:
+        command = command.replace("python", f"torchrun --nproc-per-node {t.ranks.local_size}", 1)
+    return f"the same steps fit with: {command} {' or '.join(ways)}"
 
 
 def _resume_command(directory: Path) -> str:

@@ -10,7 +10,8 @@ from mlm_scratch.parallel.ranks import ALONE, Ranks
 class StopRequest:
     """While entered, remembers the first stop signal instead of dying from it.
 
-    A second SIGINT interrupts immediately, as usual.
+    A second SIGINT interrupts immediately, as usual, unless a checkpoint is being written in the
+    background: that is finished first.
     """
 
     def __init__(self, ranks: Ranks = ALONE):

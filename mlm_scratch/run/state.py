@@ -139,8 +139,12 @@ class Training:
             "loader": self.loader.state_dict(),
             "text_digests": self.text_digests(),
             "rng": self.ranks.gather(torch.get_rng_state()),  # of each rank
-            f"{self.precision.device.type}_rng": self.ranks.gather(self.precision.rng_state()),
+            **self._device_rng(),
         }
+
+    def _device_rng(self) -> dict[str, Any]:
+        states = self.ranks.gather(self.precision.rng_state())  # of each rank
+        return {} if states[0] is None else {f"{self.precision.device.type}_rng": states}
 
     def text_digests(self) -> dict[str, str]:
         """Return digests that distinguish the texts of this run from any other."""
@@ -169,7 +173,7 @@ class Training:
             return
         torch.set_rng_state(state["rng"][self.ranks.rank])
         device_rng = state.get(f"{self.precision.device.type}_rng")  # None: begun on another kind
-        if device_rng is not None and device_rng[self.ranks.rank] is not None:
+        if device_rng is not None:
             self.precision.set_rng_state(device_rng[self.ranks.rank])
 
 

@@ -19,7 +19,7 @@ class UserError(Exception):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the machine, has no memory left (torch has a type for CUDA only)."""
-    no_memory = ("out of memory", "can't allocate memory", "not enough memory")
+    no_memory = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(text in str(error) for text in no_memory)
 
 

@@ -6,11 +6,16 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from mlm_scratch.parallel import ranks
+from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
+from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, find_fault, step_of
 from tests.support.processes import Fork, finish, forget_after, forked, torchrun
 from tests.support.same import assert_same_curve
@@ -66,6 +71,32 @@ def test_any_number_of_processes_has_the_same_loss_curve(
     assert f"steps 0 to 9, {processes} processes" in out and out.count("run: ") == 1
     assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
     assert len(list((run / "logs").iterdir())) == 1  # only rank 0 writes
+
+
+def test_ddp_knows_its_gpu_and_keeps_no_second_copy_of_the_gradients(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        ranks, "DistributedDataParallel", lambda model, **given: seen.update(given) or Mock()
+    )
+    monkeypatch.setattr(ranks, "_nccl_group", lambda: "nccl")
+    gpu = torch.device("cuda:1")
+    ranks.Ranks(size=2).wrap(torch.nn.Linear(1, 1), gpu)
+    assert seen["device_ids"] == [gpu] and seen["process_group"] == "nccl"
+    assert seen["gradient_as_bucket_view"]
+    ranks.Ranks(size=2).wrap(torch.nn.Linear(1, 1), torch.device("cpu"))
+    assert seen["device_ids"] is None and seen["process_group"] is None
+
+
+def test_a_resume_on_other_processes_may_split_the_rows_as_it_likes(files, monkeypatch):
+    """8 rows of one process as 2 x 2 of two, although accumulate 2 is what it was."""
+    train(config(files, output_dir="run", batch_size=4, accumulate=2, max_steps=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resumed = resumed_config("run", {"batch_size": 2, "accumulate": 2})
+    assert (resumed.batch_size, resumed.accumulate) == (2, 2)
+    again = resumed_config("run", {"batch_size": 4, "accumulate": 2})  # the same command line
+    assert again.batch_size * again.accumulate == 4
+    with pytest.raises(UserError, match="keep their product"):
+        resumed_config("run", {"batch_size": 3})
 
 
 def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):

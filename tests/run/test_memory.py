@@ -1,5 +1,6 @@
 """Out of memory is one line that says how the same steps fit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from mlm_scratch.model import MaskedLM
 from mlm_scratch.run import state
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, is_out_of_memory
 from tests.support.tiny import small_config, small_flags
 
 
@@ -38,20 +39,65 @@ def test_a_step_that_does_not_fit_goes_on_in_halves(files_without_dropout, monke
     monkeypatch.setattr(MaskedLM, "forward", full)
     with pytest.raises(UserError) as raised:
         train(small_config(files_without_dropout, output_dir="run", **settings))
-    advice = (
-        "out of memory: use --batch-size 4 --accumulate 2 (the same steps), or "
-        "--gradient-checkpointing; go on with: python train.py --resume --output-dir run"
+    assert str(raised.value) == (
+        "out of memory: the same steps fit with: python train.py --resume --output-dir run "
+        "--batch-size 4 --accumulate 2 or --gradient-checkpointing"
     )
-    assert advice in str(raised.value)
     code, out, err = call(
         command, "--resume", "--output-dir", "run", "--batch-size", 4, "--accumulate", 2
     )
     assert code == 0 and "steps 4 to 9" in out, err
     assert set(batches[7:]) <= {4, 1, 3, 2}
+    noted = json.loads(Path("run/run.json").read_text())
+    assert noted["config"]["batch_size"] == 4 and noted["config"]["accumulate"] == 2
     for one, other in zip(whole, read_metrics(Path("run")), strict=True):
         assert other == pytest.approx(one, rel=1e-4)
     code, _, err = call(command, "--resume", "--output-dir", "run", "--batch-size", 2)
     assert code == 2 and "keep their product" in err
+
+
+@pytest.mark.parametrize(
+    "settings, flags",
+    [
+        ({"batch_size": 9}, "--batch-size 3 --accumulate 3 or --gradient-checkpointing"),
+        (
+            {"batch_size": 5, "accumulate": 2, "gradient_checkpointing": True},
+            "--batch-size 1 --accumulate 10",
+        ),
+        ({"batch_size": 1}, "--gradient-checkpointing"),
+        (
+            {"batch_size": 1, "gradient_checkpointing": True},
+            "begin a new run with a smaller --block-size or model",
+        ),
+    ],
+)
+def test_the_advice_can_be_followed(files, monkeypatch, settings, flags):
+    monkeypatch.setattr(MaskedLM, "forward", out_of_memory)
+    with pytest.raises(UserError) as raised:
+        train(small_config(files, output_dir="run", max_steps=2, **settings))
+    assert str(raised.value).endswith(f" {flags}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_every_device_has_its_own_words_for_it(error):
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("device-side assert"))
+
+
+def test_an_evaluation_that_does_not_fit_goes_on_with_smaller_batches(files, monkeypatch, call):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--eval-batch-size"):
+        patch.setattr(state, "evaluate", out_of_memory)
+        train(small_config(files, output_dir="run", eval_fraction=0.2, max_steps=4, save_every=2))
+    code, out, err = call(command, "--resume", "--output-dir", "run", "--eval-batch-size", 2)
+    assert code == 0 and "steps 2 to 4" in out, err
 
 
 def test_other_places_name_their_own_remedy(files, monkeypatch, call):
@@ -61,9 +107,6 @@ def test_other_places_name_their_own_remedy(files, monkeypatch, call):
     assert code == 2 and err.splitlines()[-1].startswith(
         "error: out of memory: use a smaller model"
     )
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="--eval-batch-size"):
-        patch.setattr(state, "evaluate", out_of_memory)
-        train(small_config(files, eval_fraction=0.2, max_steps=1))
     monkeypatch.setattr(RobertaForMaskedLM, "forward", out_of_memory)
     code, _, err = call(infer, "--model", files / "model", "A <mask> galaxy.")
     assert code == 2 and "cpu is out of memory for this text: shorten it" in err

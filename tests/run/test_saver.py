@@ -1,17 +1,21 @@
 """Checkpoints written in the background: the same files, and the same guarantees."""
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from mlm_scratch.loop import run_steps
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.parallel.ranks import all_ranks
 from mlm_scratch.run import build, state
 from mlm_scratch.run.saver import Saver, copied_to_cpu
-from mlm_scratch.run.session import train
+from mlm_scratch.run.session import open_run, train
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, find_fault
 from tests.support.same import assert_same_run
@@ -116,6 +120,48 @@ def test_a_stop_signal_waits_for_the_checkpoint(
     assert all(find_fault(path) is None for path in found)
     monkeypatch.setattr(MaskedLM, "forward", forward)
     assert_same_run(whole, train(settings, resume=True))
+
+
+def test_a_second_copy_is_made_only_once_the_first_is_written(files, in_background, monkeypatch):
+    """And the first is gone by then, without the help of the garbage collector."""
+    save, readable, copies, alive = state.save_checkpoint, Saver.readable, [], []
+
+    def slow(*args):
+        time.sleep(0.2)
+        save(*args)
+
+    def noted(self, value):
+        alive.append(sum(copy() is not None for copy in copies))
+        result = readable(self, value)
+        copies.append(weakref.ref(next(iter(result[0].values()))))
+        return result
+
+    monkeypatch.setattr(state, "save_checkpoint", slow)
+    monkeypatch.setattr(Saver, "readable", noted)
+    config = small_config(files, output_dir="run", save_every=2, max_steps=8)
+    gc.disable()
+    try:
+        with all_ranks() as ranks, open_run(config, False, ranks) as run:
+            run_steps(run.training, run.report, run.stop)
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0, 0]
+
+
+def test_a_write_is_finished_whatever_interrupts_the_run(capsys):
+    """Else the run directory would be unlocked while it is written to."""
+    ended = []
+
+    def write():
+        time.sleep(0.5)
+        ended.append(time.monotonic())
+
+    threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyError), Saver(in_background=True) as saver:
+        saver.write(write)
+        raise KeyError
+    assert ended and ended[0] <= time.monotonic()
+    assert "a checkpoint is being written" in capsys.readouterr().err
 
 
 def test_a_copy_is_independent_and_keeps_what_is_tied():

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from mlm_scratch.hf.hub import newest_model
+from mlm_scratch.precision import Precision
 from mlm_scratch.run import build, state
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
@@ -196,11 +197,10 @@ def test_an_edited_run_json_does_not_change_the_run(files, name, value):
 
 def test_a_model_without_a_sparse_head_runs_dense_and_says_so(files, monkeypatch, capsys):
     dense = read_metrics(train(small_config(files, dense_head=True)))
-    assert "head" not in capsys.readouterr().out
+    assert "head on all positions\n" in capsys.readouterr().out
     monkeypatch.setattr("mlm_scratch.run.build.sparse_head_works", lambda model: False)
     assert read_metrics(train(small_config(files))) == dense
-    lines = [line for line in capsys.readouterr().out.splitlines() if "head" in line]
-    assert len(lines) == 1 and "running it on all of them" in lines[0]
+    assert "head on all positions (it needs all of them)" in capsys.readouterr().out
 
 
 def test_an_encoder_decoder_is_refused(files, tmp_path):
@@ -225,6 +225,16 @@ def test_an_encoder_decoder_is_refused(files, tmp_path):
     assert not Path("runs").exists()
 
 
+def test_a_resume_restores_the_random_state_of_the_device(files, monkeypatch):
+    restored = []
+    monkeypatch.setattr(Precision, "rng_state", lambda self: torch.tensor([7]))
+    monkeypatch.setattr(Precision, "set_rng_state", lambda self, state: restored.append(state))
+    settings = small_config(files, output_dir="run", max_steps=4, save_every=2)
+    train(settings)
+    train(replace(settings, max_steps=6), resume=True)
+    assert [state.tolist() for state in restored] == [[7]]
+
+
 def test_a_resume_may_find_that_the_model_can_do_something_else(files, monkeypatch, capsys):
     """What is found out by trying is no setting: another machine or version may find otherwise."""
     settings = small_config(files, max_steps=10, save_every=5, log_every=1, lr=1e-6)
@@ -232,7 +242,7 @@ def test_a_resume_may_find_that_the_model_can_do_something_else(files, monkeypat
     run_dir = train(replace(settings, output_dir="run", max_steps=5))
     monkeypatch.setattr(build, "sparse_head_works", lambda model: False)
     train(replace(settings, output_dir="run"), resume=True)
-    assert "the head cannot run on masked positions alone" in capsys.readouterr().out
+    assert "head on all positions (it needs all of them)" in capsys.readouterr().out
     for one, other in zip(read_metrics(whole), read_metrics(run_dir), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert not json.loads((run_dir / "run.json").read_text())["config"]["dense_head"]
