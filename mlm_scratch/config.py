@@ -80,6 +80,11 @@ class TrainConfig:
         "document per row, truncated to block_size and padded",
         choices=("blocks", "lines"),
     )
+    no_packing: bool = _option(
+        False,
+        "pad the rows of --grouping lines instead of laying several side by side (slower, same "
+        "loss)",
+    )
     # ---- The masking
     mlm_probability: float = _option(
         0.15, "share of the tokens to mask; BERT used 0.15, ModernBERT 0.3", above=0, at_most=1
@@ -129,12 +134,12 @@ class TrainConfig:
     )
     # ---- The machine
     device: str = _option(
-        "auto", "auto (cuda, else mps, Apple's GPU, else cpu), cpu, cuda, cuda:1, mps"
+        "auto", "cpu, cuda, cuda:1 or mps (an Apple GPU); auto: cuda, or mps, or else cpu"
     )
     precision: str = _option(
         "auto",
-        "arithmetic of the matrix products; auto: bf16 if the GPU supports it, else fp16; fp32 on "
-        "a CPU; on a GPU, fp32 multiplies in TF32 (10 bits of mantissa)",
+        "arithmetic of the matrix products; auto: on a CUDA GPU bf16 if it has it, else fp16; "
+        "fp32 elsewhere; on a CUDA GPU, fp32 multiplies in TF32 (10 bits of mantissa)",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")

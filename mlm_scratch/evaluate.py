@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
+from mlm_scratch.data.packing import Layout
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.hf.checks import in_eval_mode
 from mlm_scratch.loader import Collator
@@ -48,7 +49,8 @@ def evaluate(
         masked; or None if a stop signal comes before the last batch.
     """
     device = precision.device
-    collator = Collator(tokenizer, config, device)  # a new generator, the same seed and masks
+    # A new generator with the same seed: the same masks.
+    collator = Collator(tokenizer, config, Layout(model.packs, aligned=device.type == "cuda"))
     sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0
     with in_eval_mode(model):
@@ -59,7 +61,7 @@ def evaluate(
             if turn == 0 and stop is not None and stop.agreed_by_all_ranks():
                 return None
             end = min(start + config.eval_batch_size, len(rows))
-            batch = collator(rows, np.arange(start, end))
+            batch = collator.arrange(collator(rows, np.arange(start, end)))
             n_masked += int((batch.labels != IGNORE).sum())
             if turn != ranks.rank:
                 continue

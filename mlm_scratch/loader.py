@@ -23,31 +23,33 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
+from mlm_scratch.data.packing import PADDED, Layout
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import rows_per_step, share_of_step
 from mlm_scratch.util.like_trainer import draw_like_dataloader
-from mlm_scratch.util.shapes import aligned_width, pad_columns, pad_positions
+from mlm_scratch.util.shapes import pad_positions
 
 
 class Batch(NamedTuple):
     """What one forward pass needs."""
 
     input_ids: Tensor  # (B, T) int64, as the model sees them
-    attention_mask: Tensor | None  # (B, T) int64, 1 at tokens, 0 at padding; None without padding
+    # (B, T) int64, 0 at padding, else the number of the text in its row; None without padding.
+    attention_mask: Tensor | None
     labels: Tensor  # (B, T) int64, the id to predict, -100 where there is none
     # (N,) int64, flat indices of the masked tokens. Found on the CPU: N is the shape of the logits,
     # and the CPU would have to wait for a GPU to count it.
     positions: Tensor
+    position_ids: Tensor | None = None  # (B, T) int64, from 0 in each text of a packed row
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`; to a CUDA GPU from pinned memory: the CPU need not wait for that."""
-        if device.type != "cuda":
-            return Batch._make(None if tensor is None else tensor.to(device) for tensor in self)
+        pinned = device.type == "cuda"
         return Batch._make(
-            None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in self
+            x if x is None else (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
+            for x in self
         )
 
 
@@ -124,12 +126,9 @@ class Collator:
     """Pads and masks rows of token ids, on the CPU, with its own random generator."""
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        config: TrainConfig,
-        device: torch.device | None = None,
+        self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, layout: Layout = PADDED
     ):
-        self.config, self.on_gpu = config, device is not None and device.type == "cuda"
+        self.config, self.layout = config, layout
         self.mask_token_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
         self.pad_token_id = tokenizer.pad_token_id or 0  # any id works: attention_mask hides it
         # is_special[ids] does for a whole batch what get_special_tokens_mask does row by row.
@@ -162,21 +161,19 @@ class Collator:
             word_ids=word_ids,
             generator=self.generator,
         )
-        if self.on_gpu and attention_mask is not None:
-            # Wider only now: the masks are drawn for (B, T) on every device.
-            width = aligned_width(len(columns), self.config.block_size)
-            input_ids = pad_columns(input_ids, width, self.pad_token_id)  # (B, width)
-            attention_mask = pad_columns(attention_mask, width, 0)  # (B, width)
-            labels = pad_columns(labels, width, IGNORE)  # (B, width)
         return Batch(input_ids, attention_mask, labels, self.positions_of(labels))
 
     def split(self, batch: Batch, rows: range, batch_size: int) -> Iterator[Batch]:
         """Yield these rows of a batch, `batch_size` at a time; positions are those in each part."""
         for start in range(rows.start, rows.stop, batch_size):
-            part = slice(start, min(start + batch_size, rows.stop))
-            mask = None if batch.attention_mask is None else batch.attention_mask[part]
-            labels = batch.labels[part]  # (rows, T)
-            yield Batch(batch.input_ids[part], mask, labels, self.positions_of(labels))
+            yield self.arrange(batch, slice(start, min(start + batch_size, rows.stop)))
+
+    def arrange(self, batch: Batch, part: slice = slice(None)) -> Batch:
+        """Make a batch of these rows of another; the layout may pack them (data/packing.py)."""
+        ids, mask, labels = batch.input_ids[part], batch.attention_mask, batch.labels[part]
+        mask = None if mask is None else mask[part]  # (rows, T) each
+        rows = self.layout.arrange(ids, mask, labels, self.config.block_size)
+        return Batch(*rows[:3], self.positions_of(rows[2]), rows[3])
 
     def positions_of(self, labels: Tensor) -> Tensor:
         """(B, T) labels -> (N,) flat indices of the masked tokens."""

@@ -38,22 +38,24 @@ class MaskedLM(nn.Module):
     Attributes:
         dense_head: run the head on all positions, as Trainer does.
         ready_mask: hand the model an attention mask that needs no more preparation.
+        packs: the model gets several texts in a row right.
+        first_position: what the model numbers the first token of a text.
     """
 
     def __init__(self, hf_model: PreTrainedModel):
         super().__init__()
         self.hf_model = hf_model
-        self.dense_head = self.ready_mask = False
+        self.dense_head = self.ready_mask = self.packs = False
+        self.first_position = 0
         self.positions: Tensor | None = None  # (N,), set during a forward pass
         hf_model.base_model.register_forward_hook(self._keep_positions)
         self.train(hf_model.training)  # a new module starts in train mode
 
     def forward(self, batch: "Batch") -> Tensor:
-        """Sum the cross-entropy over the masked tokens of a batch.
+        """Sum the cross-entropy over the masked tokens of a batch: () in nats.
 
-        Returns:
-            () in nats: a sum, so that the batches of a step can be added up and divided once, by
-            the number of masked tokens in all of them.
+        A sum, so that the batches of a step can be added up and divided once, by the number of
+        masked tokens in all of them.
 
         Source: the loss of transformers' *ForMaskedLM models is this sum divided by that number.
         """
@@ -61,27 +63,31 @@ class MaskedLM(nn.Module):
         return cross_entropy_sum(logits, labels)  # ()
 
     def masked_logits(self, batch: "Batch") -> tuple[Tensor, Tensor]:
-        """Compute the logits at the masked positions, and their labels.
+        """Compute the logits at the masked positions, (N, V), and their labels, (N,).
 
-        Returns:
-            (logits, labels), (N, V) and (N,); with the dense head N is B * T, and most labels are
-            -100.
+        With the dense head N is B * T, and most labels are -100.
         """
         labels = batch.labels.flatten()  # (B * T,)
-        if self.dense_head:
-            return self.logits(batch.input_ids, batch.attention_mask, None), labels
-        logits = self.logits(batch.input_ids, batch.attention_mask, batch.positions)  # (N, V)
-        return logits, labels[batch.positions]
+        positions = None if self.dense_head else batch.positions  # (N,)
+        logits = self.logits(batch.input_ids, batch.attention_mask, positions, batch.position_ids)
+        return logits, labels if positions is None else labels[positions]
 
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Run the model: (B, T) ids and mask -> (N, V) at these flat positions (None: at all)."""
+        """Run the model: (B, T) inputs -> (N, V) at these flat positions (None: at all)."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if position_ids is not None:  # packed
+            inputs["position_ids"] = position_ids + self.first_position  # (B, T)
         if attention_mask is not None and self.ready_mask:
-            attention_mask = additive_mask(attention_mask)  # (B, 1, 1, T)
+            inputs["attention_mask"] = additive_mask(attention_mask, position_ids is not None)
         self.positions = positions
         try:
-            logits = self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = self.hf_model(**inputs).logits
         finally:
             self.positions = None
         return logits.flatten(0, 1)  # (1, N, V) or (B, T, V) -> (N, V) or (B * T, V)

@@ -13,11 +13,13 @@ import transformers
 from transformers import AutoModelForMaskedLM, FillMaskPipeline
 
 from mlm_scratch.config import TUTORIAL
+from mlm_scratch.data.packing import pack
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.checks import (
     ignores_padding,
+    packing_works,
     ready_mask_works,
     sparse_head_works,
     unused_parameters,
@@ -160,6 +162,29 @@ def test_a_ready_attention_mask_is_used_where_it_gives_the_same(model):
     input_ids, attention_mask, labels = batch()
     own = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.item()
     assert loss_sum / 6 == pytest.approx(own, rel=1e-6)
+
+
+def test_packed_texts_have_the_gradients_of_padded_ones(model):
+    masked_lm = MaskedLM(model)
+    mixes = {"convbert", "deberta", "deberta-v2", "esm", "fnet", "mobilebert", "modernbert"}
+    assert packing_works(masked_lm, 12) == (model.config.model_type not in mixes)
+    if not packing_works(masked_lm, 12):
+        return
+    padded = batch_of(*batch())
+    ids, texts, labels, position_ids = pack(*batch(), width=24)  # two texts in one row
+    packed = batch_of(ids, texts, labels)._replace(position_ids=position_ids)
+    assert len(padded.input_ids) == 2 and len(packed.input_ids) == 1
+    gradients = []
+    for one in (padded, packed):
+        model.zero_grad()
+        masked_lm.ready_mask = one is packed
+        loss_sum = masked_lm(one)
+        loss_sum.backward()
+        weights = [p for p in model.parameters() if p.grad is not None]
+        gradients.append((loss_sum.item(), torch.cat([p.grad.flatten() for p in weights])))
+    assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-5)
+    difference = (gradients[1][1] - gradients[0][1]).norm()
+    assert difference < 1e-5 * gradients[0][1].norm()
 
 
 def test_a_window_shows_in_rows_that_are_longer():

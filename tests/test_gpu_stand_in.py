@@ -38,6 +38,7 @@ from mlm_scratch.loader import Batch, Loader, Step
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import LossScaler, Precision
+from mlm_scratch.run import build
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.metrics import NoReport, read_metrics
 from mlm_scratch.run.session import train
@@ -52,7 +53,7 @@ MUST_RUN = "MLM_SCRATCH_NEED_STAND_IN"  # if it is set, a skip is a failure
 
 # ---- What one optimizer step does, without logging, evaluation or a checkpoint: settings, waits,
 # copies to the GPU. A batch has three tensors, input_ids, labels and positions; with padding also a
-# mask.
+# mask, packed also position ids.
 
 COPY = "asynchronous loader.py"
 FP16 = {"item precision.py": 1}  # the scale after the step
@@ -67,31 +68,32 @@ STEPS: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, int]]] = {
     "fp16, two batches": ({"precision": "fp16", "accumulate": 2}, FP16, {COPY: 6}),
     "dense head": ({"precision": "bf16", "dense_head": True}, {}, {COPY: 3}),
     "whole words": ({"precision": "bf16", "whole_word": True}, {}, {COPY: 3}),
-    "padded": ({"precision": "bf16", **LINES}, {}, {COPY: 4}),
-    "padded, two batches": (
+    "padded": ({"precision": "bf16", "no_packing": True, **LINES}, {}, {COPY: 4}),
+    "packed": ({"precision": "bf16", **LINES}, {}, {COPY: 5}),
+    "packed, two batches": (
         {"precision": "bf16", "accumulate": 2, "batch_size": 4, **LINES},
         {},
-        {COPY: 8},
+        {COPY: 10},
     ),
-    "padded, whole words": ({"precision": "bf16", "whole_word": True, **LINES}, {}, {COPY: 4}),
-    "padded, fp16": ({"precision": "fp16", **LINES}, FP16, {COPY: 4}),
+    "packed, whole words": ({"precision": "bf16", "whole_word": True, **LINES}, {}, {COPY: 5}),
+    "packed, fp16": ({"precision": "fp16", **LINES}, FP16, {COPY: 5}),
     "bundled": ({"precision": "bf16", **MODERNBERT}, {}, {COPY: 3}),
-    "bundled, padded": (
+    "bundled, packed": (
         {"precision": "bf16", **MODERNBERT, **LINES},
         {},
-        {COPY: 4},
+        {COPY: 5},
     ),
 }
 N_STEPS = 5  # the last one saves a checkpoint
 
-# ---- The steps of a run that logs every third and evaluates (one batch) after every second.
+# ---- The steps of a run that logs every third and evaluates (two batches) after every second.
 
-OFTEN = {"precision": "bf16", "log_every": 3, "eval_every": 2}
-OFTEN |= {"eval_fraction": 0.2, "eval_batch_size": 1000}
-EVALUATION = ({"to cpu evaluate.py": 1}, {COPY: 6})
-LOGGING = ({"item run/metrics.py": 2, "item loop.py": 1}, {COPY: 3})
+OFTEN = {"precision": "bf16", **LINES, "log_every": 3, "eval_every": 2}
+OFTEN |= {"eval_fraction": 0.2, "eval_batch_size": 8}
+EVALUATION = ({"to cpu evaluate.py": 1}, {COPY: 15})
+LOGGING = ({"item run/metrics.py": 2, "item loop.py": 1}, {COPY: 5})
 PERIODIC: list[tuple[dict[str, int], dict[str, int]]] = [
-    ({}, {COPY: 3}),
+    ({}, {COPY: 5}),
     EVALUATION,
     LOGGING,
     EVALUATION,
@@ -269,6 +271,9 @@ def test_a_step_waits_and_copies_where_it_is_known_to(found, name):
     result = result_of(found, f"step {name}")
     assert_each_step(result["steps"], waits, copies)
     assert all(map(math.isfinite, result["losses"]))
+    assert result["probed on"] in (["cpu"], [])  # the dense head needs no probe
+    assert not any(width % 8 for width in result["widths"])
+    assert bool(result["widths"]) == ("padded" in name or "packed" in name)
 
 
 @pytest.mark.parametrize("answer", [True, False])
@@ -279,7 +284,9 @@ def test_a_step_does_the_same_whatever_the_gpu_answers(found, answer):
 
 
 def test_logging_and_evaluation_wait_once_per_number(found):
-    steps = result_of(found, "periodic")["steps"]
+    result = result_of(found, "periodic")
+    steps = result["steps"]
+    assert not any(width % 8 for width in result["widths"])
     for step, (waits, copies) in zip(steps, PERIODIC, strict=False):
         assert (by_file(step["waits"]), by_file(step["copies"])) == (waits, copies), step
 
@@ -307,6 +314,7 @@ def test_labels_left_on_the_cpu_are_noticed(found):
 def test_a_run_on_a_gpu_leaves_what_one_on_a_cpu_leaves(found, precision):
     """With logging, evaluation, checkpoints and the final model. bf16 has 8 bits of mantissa."""
     result = result_of(found, f"run {precision}")
+    assert set(result["tf32"]) == {"high" if precision == "fp32" else "highest"}
     assert len(result["gpu"]) == 6
     assert_close(result["gpu"], result["cpu"], rel=1e-4 if precision == "fp32" else 0.01)
     assert result["difference"] < (1e-5 if precision == "fp32" else 0.01)
@@ -416,7 +424,23 @@ def take_steps(
     """Take N_STEPS steps; return what each of them did, and their losses."""
     losses: list[Tensor] = []
     settings = {"device": "cuda", "max_steps": N_STEPS, "log_every": 100} | settings
-    with fake_gpu() as gpu:
+    probed, widths = [], []
+    works, masked_logits = build.sparse_head_works, MaskedLM.masked_logits
+
+    def probe(model: MaskedLM) -> bool:
+        probed.extend(parameter.device.type for parameter in model.parameters())
+        return works(model)
+
+    def noted(self: MaskedLM, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.attention_mask is not None:
+            widths.append(batch.input_ids.shape[1])
+        return masked_logits(self, batch)
+
+    with (
+        fake_gpu() as gpu,
+        patch.object(build, "sparse_head_works", probe),
+        patch.object(MaskedLM, "masked_logits", noted),
+    ):
         t = prepare(small_config(files, **settings))
         gpu.answer = answer
         add = t.losses.add
@@ -435,6 +459,8 @@ def take_steps(
         return {
             "steps": [vars(record) for record in records],
             "losses": [loss.item() for loss in losses],
+            "probed on": sorted(set(probed)),
+            "widths": widths,
         }
 
 
@@ -528,10 +554,19 @@ def whole_runs(files: Path, precision: str, init_scale: float = 2.0**16) -> Any:
 
     settings: dict[str, Any] = {"max_steps": 4, "log_every": 1, "save_every": 2}
     settings |= {"eval_every": 2, "eval_fraction": 0.2, "precision": precision}
+    products: list[str] = []
+    masked_logits = MaskedLM.masked_logits
+
+    def noted(self: MaskedLM, batch: Batch) -> tuple[Tensor, Tensor]:
+        products.append(torch.get_float32_matmul_precision())
+        return masked_logits(self, batch)
+
     with fake_gpu(), patch.object(Precision, "grad_scaler", grad_scaler):
-        on_gpu = train(small_config(files, device="cuda", **settings))
+        with patch.object(MaskedLM, "masked_logits", noted):
+            on_gpu = train(small_config(files, device="cuda", **settings))
         on_cpu = train(small_config(files, **settings))
-    return compared(on_gpu, on_cpu) | {"names": [path.name for path in checkpoints(on_gpu)]}
+    names = [path.name for path in checkpoints(on_gpu)]
+    return compared(on_gpu, on_cpu) | {"names": names, "tf32": products}
 
 
 def resumed_run(files: Path, begun: str, ended: str) -> Any:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm_scratch.data.packing import pack
+from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.util.errors import UserError
 
@@ -52,24 +54,53 @@ def ready_mask_works(model: MaskedLM, length: int) -> bool:
     Layers with local attention would take it in place of their window. That shows only in rows
     longer than the window, so `length` has to be that of the run's rows.
     """
-    model = copy_with_the_same_weights(model)
-    device = next(model.parameters()).device
-    input_ids = torch.arange(2 * length, device=device).view(2, length)  # (B, T)
-    input_ids %= model.hf_model.config.vocab_size
-    attention_mask = torch.ones_like(input_ids)  # (B, T)
-    attention_mask[1, length // 2 :] = 0
-    is_token = attention_mask.flatten().bool()  # (B * T,)
-    logits = []
+    tried = copy_with_the_same_weights(model)
+    lengths = [length, length // 2]
+    rows = _rows_of(lengths, model)  # (B, T) each
     try:
-        with in_eval_mode(model):
-            for model.ready_mask in (False, True):
-                logits.append(model.logits(input_ids, attention_mask, None)[is_token])  # (N, V)
+        with in_eval_mode(tried):
+            at = _some(torch.arange(sum(lengths)))  # (n,) flat, none of them padding
+            expected = _logits_at(tried, at, *rows)
+            tried.ready_mask = True
+            return _nearly_equal(_logits_at(tried, at, *rows), expected)
     except DEVICE_ERRORS:
         raise
     except REFUSALS:
         return False
-    # Random weights attend to all tokens alike, so a lost window changes little: a strict bound.
-    return bool((logits[0] - logits[1]).abs().max() <= 1e-4 * logits[0].std())
+
+
+@torch.no_grad()
+def packing_works(model: MaskedLM, length: int) -> bool:
+    """Whether packed rows of `length` tokens have the logits of each text alone.
+
+    Sets model.first_position: RoBERTa and its kin count from padding_idx + 1. As with a ready mask,
+    the loss of a window shows only in rows that are longer, so `length` is that of the run's rows.
+    """
+    tried = copy_with_the_same_weights(model)
+    lengths = [length, length // 2, max(1, length - length // 2 - 1)]
+    input_ids, attention_mask = _rows_of(lengths, model)  # (B, T) each
+    labels = torch.full_like(input_ids, IGNORE)
+    packed_ids, texts, _, position_ids = pack(input_ids, attention_mask, labels, length)
+    # Best fit keeps the order of texts that become shorter: the flat indices agree.
+    at_packed = _some(texts.flatten().nonzero().squeeze(1))  # (n,)
+    at = _some(attention_mask.flatten().nonzero().squeeze(1))  # (n,)
+    try:
+        with in_eval_mode(tried):
+            alone = [
+                _logits_at(tried, (at[(at // length) == row] - row * length), ids[None, :n], None)
+                for row, (ids, n) in enumerate(zip(input_ids, lengths, strict=True))
+            ]  # (n of the row, V) each
+            tried.ready_mask = True
+            for tried.first_position in sorted({0, _padding_idx(model) + 1}):
+                logits = _logits_at(tried, at_packed, packed_ids, texts, position_ids)  # (n, V)
+                if _nearly_equal(logits, torch.cat(alone)):
+                    model.first_position = tried.first_position
+                    return True
+    except DEVICE_ERRORS:
+        raise
+    except REFUSALS:
+        pass
+    return False
 
 
 @torch.no_grad()
@@ -101,8 +132,7 @@ def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
     """List the parameters that the loss never reaches, such as a pooler's."""
-    copy = copy_with_the_same_weights(model)
-    copy.logits(*_small_batch(model), None).sum().backward()
+    copy_with_the_same_weights(model).logits(*_small_batch(model), None).sum().backward()
     unused = [parameter for parameter in model.parameters() if parameter.grad is None]
     model.zero_grad()
     return unused
@@ -172,8 +202,45 @@ def copy_with_the_same_weights(model: Model) -> Model:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def _rows_of(lengths: list[int], model: MaskedLM) -> tuple[Tensor, Tensor]:
+    """Return texts of these lengths, the longest first: ids and attention mask, (B, T) each."""
+    vocab_size, padding_idx = model.hf_model.config.vocab_size, _padding_idx(model)
+    columns = torch.arange(lengths[0])  # (T,)
+    attention_mask = (columns < torch.tensor(lengths)[:, None]).long()  # (B, T)
+    input_ids = torch.arange(attention_mask.numel()).view_as(attention_mask) % vocab_size  # (B, T)
+    # RoBERTa does not count padding, wherever it is: none of it within a text.
+    input_ids.masked_fill_(input_ids == padding_idx, (padding_idx + 1) % vocab_size)
+    return input_ids, attention_mask
+
+
+def _padding_idx(model: MaskedLM) -> int:
+    return getattr(model.hf_model.config, "pad_token_id", None) or 0
+
+
+def _some(indices: Tensor) -> Tensor:
+    """Return at most about 64 of some indices, evenly: the head is expensive."""
+    return indices[:: 1 + len(indices) // 64]
+
+
+def _logits_at(model: MaskedLM, at: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return the logits at the flat positions `at`, (n, V), for (B, T) inputs."""
+    input_ids, attention_mask, position_ids = (*inputs, None)[:3]
+    assert input_ids is not None, "the mask and the positions may be missing"
+    positions = None if model.dense_head else at
+    logits = model.logits(input_ids, attention_mask, positions, position_ids)
+    return logits[at] if positions is None else logits
+
+
+def _nearly_equal(logits: Tensor, expected: Tensor) -> bool:
+    """Compare strictly: random weights attend to all alike, so a lost window changes little."""
+    return bool((logits - expected).abs().max() <= 1e-4 * expected.std())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def _small_batch(model: MaskedLM) -> tuple[Tensor, Tensor]:
-    device = next(model.parameters()).device
     vocab_size = model.hf_model.config.vocab_size
-    input_ids = torch.arange(8, device=device).view(2, 4) % vocab_size  # (B, T)
+    input_ids = torch.arange(8, device=_device(model)).view(2, 4) % vocab_size  # (B, T)
     return input_ids, torch.ones_like(input_ids)  # (B, T), (B, T)

@@ -11,9 +11,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import load_documents
+from mlm_scratch.data.packing import Layout
 from mlm_scratch.data.rows import TokenRows, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
-from mlm_scratch.hf.checks import ready_mask_works, sparse_head_works, unused_parameters
+from mlm_scratch.hf.checks import (
+    packing_works,
+    ready_mask_works,
+    sparse_head_works,
+    unused_parameters,
+)
 from mlm_scratch.hf.load import load_tokenizer_and_model
 from mlm_scratch.hf.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.loader import Collator, Loader
@@ -41,17 +47,17 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     precision = choose_precision(config.device, config.precision)
     with ranks.rank0_first():
         tokenizer, hf_model, rows, eval_rows, sources = load(config, checkpoint, ranks)
-    print(
-        f"model: {type(hf_model).__name__} ({config.model}, {config.init}), "
-        f"{hf_model.num_parameters():,} parameters, on {precision}"
-    )
     if precision.device.type == "cpu":
         keep_freed_memory()
     model = adapt(hf_model, config, ranks)
+    print(
+        f"model: {type(hf_model).__name__} ({config.model}, {config.init}), "
+        f"{hf_model.num_parameters():,} parameters, on {precision}, {what_was_found(model, config)}"
+    )
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
     model.to(precision.device)
-    collator = Collator(tokenizer, config, precision.device)
+    collator = Collator(tokenizer, config, Layout(model.packs, aligned=on_gpu))
     loader: Loader
     if isinstance(rows, ShardedStream):
         loader = StreamLoader(rows, collator, config, precision.device, ranks)
@@ -133,22 +139,31 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Maske
     """
     model = MaskedLM(hf_model)
     model.dense_head = config.dense_head or not sparse_head_works(model)
-    if model.dense_head and not config.dense_head:
-        print(
-            f"{type(hf_model).__name__}: the head cannot run on masked positions alone; running it "
-            "on all of them"
-        )
     if config.grouping == "lines":  # else no row is padded
-        model.ready_mask = ready_mask_works(model, config.block_size)
+        model.packs = not config.no_packing and packing_works(model, config.block_size)
+        model.ready_mask = model.packs or ready_mask_works(model, config.block_size)
     if ranks.size > 1:  # DDP would wait for their gradients
         for parameter in unused_parameters(model):
             parameter.requires_grad_(False)
     if config.gradient_checkpointing:
         try:
-            hf_model.activation_checkpointing_enable({"use_reentrant": False})
+            hf_model.activation_checkpointing_enable()
         except ValueError as error:
             raise UserError(f"--gradient-checkpointing: {error}") from error
+        hf_model.config.use_cache = False  # or decoders in disguise, such as BERT, warn each time
     return model
+
+
+def what_was_found(model: MaskedLM, config: TrainConfig) -> str:
+    """Say on what the head runs and how rows shorter than others are laid out."""
+    head = "head on masked positions"
+    if model.dense_head:
+        head = "head on all positions" + ("" if config.dense_head else " (it needs all of them)")
+    if config.grouping == "blocks":
+        return head
+    if model.packs:
+        return f"{head}, rows packed"
+    return f"{head}, rows padded" + ("" if config.no_packing else " (it mixes packed texts up)")
 
 
 def compile_options(config: TrainConfig, precision: Precision, ranks: Ranks) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 def pad_positions(is_masked: Tensor, mlm_probability: float) -> Tensor:
@@ -27,22 +26,18 @@ def pad_positions(is_masked: Tensor, mlm_probability: float) -> Tensor:
     return is_masked.to(torch.uint8).argsort(stable=True, descending=True)[:count]  # (N,)
 
 
-def additive_mask(attention_mask: Tensor) -> Tensor:
-    """(B, T), 1 at tokens -> (B, 1, 1, T) float, what attention adds to its scores.
+def additive_mask(attention_mask: Tensor, packed: bool) -> Tensor:
+    """(B, T), 0 at padding -> (B, 1, 1 or T, T) float, what attention adds to its scores.
 
     Given as (B, T), transformers looks into it on every forward pass (the CPU waits for the GPU),
-    and expands it to (B, 1, T, T).
+    and expands it to (B, 1, T, T). Packed, each token attends to those with its own number.
     """
-    is_padding = attention_mask[:, None, None, :] == 0  # (B, 1, 1, T)
+    keys = attention_mask[:, None, None, :]  # (B, 1, 1, T)
+    hidden = keys != attention_mask[:, None, :, None] if packed else keys == 0  # (B, 1, 1 or T, T)
     lowest = torch.finfo(torch.float32).min
-    return torch.zeros_like(is_padding, dtype=torch.float32).masked_fill_(is_padding, lowest)
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, lowest)
 
 
 def aligned_width(width: int, limit: int) -> int:
     """Round up to a multiple of 8, which a GPU's attention kernels need, but not over `limit`."""
     return max(width, min(math.ceil(width / 8) * 8, limit))
-
-
-def pad_columns(rows: Tensor, width: int, value: int) -> Tensor:
-    """(B, T) -> (B, width), the new columns on the right full of `value`."""
-    return pad(rows, (0, width - rows.shape[1]), value=value)

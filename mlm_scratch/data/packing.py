@@ -1,0 +1,118 @@
+"""Rows laid side by side, so that less of a batch is padding.
+
+    padded          packed          texts of the row    their positions
+    a a a a a       a a a a a       1 1 1 1 1           0 1 2 3 4
+    b b             b b c c c       1 1 2 2 2           0 1 0 1 2
+    c c c
+
+Each text attends to itself alone, and its positions begin anew. So a model that keeps to both
+computes for each text what it computes for the text alone, and a step stays the same step.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mlm_scratch.masking import IGNORE
+from mlm_scratch.util.shapes import aligned_width
+
+PAD = 0  # any id works: the attention mask hides it
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch become those that the model gets.
+
+    Attributes:
+        packed: lay them side by side.
+        aligned: widen them to a multiple of 8, which a GPU's attention kernels need.
+    """
+
+    packed: bool = False
+    aligned: bool = False
+
+    def arrange(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, limit: int
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Arrange the rows of a batch, which are padded if they have an attention mask.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 1 at tokens, 0 at padding, on the right; None without padding.
+            labels: (B, T).
+            limit: the widest row allowed.
+
+        Returns:
+            (input_ids, attention_mask, labels, position_ids), (B', T') each. Packed, the mask has
+            the number of the text in its row, 1, 2, ..., at each token; not packed, the position
+            ids are None.
+        """
+        if attention_mask is None:
+            return input_ids, None, labels, None
+        width = input_ids.shape[1]
+        if self.packed:  # a part of a step may be narrower
+            width = int(attention_mask.sum(dim=1).max())
+        if self.aligned:
+            width = aligned_width(width, limit)
+        if self.packed:
+            return pack(input_ids, attention_mask, labels, width)
+        extra = (0, width - input_ids.shape[1])
+        return (
+            pad(input_ids, extra, value=PAD),
+            pad(attention_mask, extra),
+            pad(labels, extra, value=IGNORE),
+            None,
+        )
+
+
+PADDED = Layout()
+
+
+def pack(
+    input_ids: Tensor, attention_mask: Tensor, labels: Tensor, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lay rows, (B, T) each, side by side into rows of `width`; see `Layout.arrange`."""
+    places = best_fit(attention_mask.sum(dim=1).tolist(), width)
+    row, column, number = torch.tensor(places).T[:, :, None]  # (B, 1) each
+    is_token = attention_mask.bool()  # (B, T)
+    positions = torch.arange(input_ids.shape[1]).expand_as(is_token)  # (B, T)
+    target = (row * width + column + positions)[is_token]  # (n,) where each token goes
+    shape = int(row.max()) + 1, width  # (B', T')
+
+    def moved(values: Tensor, fill: int) -> Tensor:
+        """(B, T) -> (B', T'), `fill` where there is no token."""
+        flat = torch.full((shape[0] * width,), fill)
+        flat[target] = values[is_token]
+        return flat.view(shape)
+
+    return (
+        moved(input_ids, PAD),
+        moved(number.expand_as(is_token), 0),
+        moved(labels, IGNORE),
+        moved(positions, 0),
+    )
+
+
+def best_fit(lengths: list[int], width: int) -> list[tuple[int, int, int]]:
+    """Place texts, the longest first, each in the fullest row that still has room for it.
+
+    Returns:
+        for each text its row, its first column, and its number in that row, from 1.
+    """
+    places = [(0, 0, 0)] * len(lengths)
+    rooms: list[tuple[int, int]] = []  # (free columns, row), sorted
+    counts: list[int] = []  # texts in each row
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        fitting = bisect_left(rooms, (lengths[text], 0))
+        if fitting < len(rooms):
+            room, row = rooms.pop(fitting)
+        else:
+            room, row = width, len(counts)
+            counts.append(0)
+        counts[row] += 1
+        places[text] = row, width - room, counts[row]
+        insort(rooms, (room - lengths[text], row))
+    return places
