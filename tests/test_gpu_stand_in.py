@@ -90,7 +90,7 @@ N_STEPS = 5  # the last one saves a checkpoint
 
 OFTEN = {"precision": "bf16", **LINES, "log_every": 3, "eval_every": 2}
 OFTEN |= {"eval_fraction": 0.2, "eval_batch_size": 8}
-EVALUATION = ({"to cpu evaluate.py": 1}, {COPY: 15})
+EVALUATION = ({"to cpu evaluate.py": 1}, {COPY: 13})  # the second batch is one row
 LOGGING = ({"item run/metrics.py": 2, "item loop.py": 1}, {COPY: 5})
 PERIODIC: list[tuple[dict[str, int], dict[str, int]]] = [
     ({}, {COPY: 5}),
