@@ -37,12 +37,14 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """Add up the sums of the chunks, (N, V) and (N,) -> ()."""
         ctx.save_for_backward(logits, labels)
         chunks = _chunks(logits, labels)
         return torch.stack([_sum_of_chunk(*chunk) for chunk in chunks]).sum()  # ()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        """Write the gradient of each chunk into that of the logits, (N, V)."""
         logits, labels = ctx.saved_tensors
         gradient = torch.empty_like(logits)  # (N, V)
         for part, part_labels, target in _chunks(logits, labels, gradient):
