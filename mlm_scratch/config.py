@@ -77,7 +77,7 @@ class TrainConfig:
     grouping: str = _option(
         "blocks",
         "blocks: concatenate all documents and chunk them every block_size tokens; lines: one "
-        "document per row, truncated to block_size and padded",
+        "document per row, truncated to block_size",
         choices=("blocks", "lines"),
     )
     no_packing: bool = _option(
@@ -240,7 +240,7 @@ BUNDLED_RECIPE = replace(
     eval_fraction=0.02,
     mlm_probability=0.25,
     lr=3e-3,
-    warmup_steps=100,  # without it, this rate costs 2 of the 60 prompts
+    warmup_steps=100,  # without it, 55 instead of 58 of the 60 prompts that are not in the text
     weight_decay=0.3,  # with 0.01 the facts are learned too, but tied to the phrasings seen
 )
 

@@ -7,6 +7,7 @@ works or falls back to the plain path.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,6 +78,7 @@ def packing_works(model: MaskedLM, length: int) -> bool:
     the loss of a window shows only in rows that are longer, so `length` is that of the run's rows.
     """
     tried = copy_with_the_same_weights(model)
+    tried.first_position = 0  # it is part of the position ids here
     lengths = [length, length // 2, max(1, length - length // 2 - 1)]
     input_ids, attention_mask = _rows_of(lengths, model)  # (B, T) each
     labels = torch.full_like(input_ids, IGNORE)
@@ -87,20 +89,25 @@ def packing_works(model: MaskedLM, length: int) -> bool:
     try:
         with in_eval_mode(tried):
             alone = [
-                _logits_at(tried, (at[(at // length) == row] - row * length), ids[None, :n], None)
+                _logits_at(tried, at[at // length == row] - row * length, ids[None, :n])
                 for row, (ids, n) in enumerate(zip(input_ids, lengths, strict=True))
             ]  # (n of the row, V) each
+            expected = torch.cat(alone)  # (n, V)
             tried.ready_mask = True
-            for tried.first_position in sorted({0, _padding_idx(model) + 1}):
-                logits = _logits_at(tried, at_packed, packed_ids, texts, position_ids)  # (n, V)
-                if _nearly_equal(logits, torch.cat(alone)):
-                    model.first_position = tried.first_position
-                    return True
+            packed = partial(_logits_at, tried, at_packed, packed_ids, texts)
+            # Tried one after the other: from the second, a model may not have enough positions.
+            right = (
+                first
+                for first in sorted({0, _padding_idx(model) + 1})
+                if _nearly_equal(packed(position_ids + first), expected)
+            )
+            first_position = next(right, None)
     except DEVICE_ERRORS:
         raise
     except REFUSALS:
-        pass
-    return False
+        return False
+    model.first_position = first_position or 0
+    return first_position is not None
 
 
 @torch.no_grad()
@@ -222,11 +229,15 @@ def _some(indices: Tensor) -> Tensor:
     return indices[:: 1 + len(indices) // 64]
 
 
-def _logits_at(model: MaskedLM, at: Tensor, *inputs: Tensor | None) -> Tensor:
+def _logits_at(
+    model: MaskedLM,
+    at: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
     """Return the logits at the flat positions `at`, (n, V), for (B, T) inputs."""
-    input_ids, attention_mask, position_ids = (*inputs, None)[:3]
-    assert input_ids is not None, "the mask and the positions may be missing"
-    positions = None if model.dense_head else at
+    positions = None if model.dense_head else at  # (n,)
     logits = model.logits(input_ids, attention_mask, positions, position_ids)
     return logits[at] if positions is None else logits
 

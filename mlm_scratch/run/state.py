@@ -91,7 +91,8 @@ class Training:
         if stop.agreed_by_all_ranks() or self.due(self.config.save_every):
             report.sync()
             self.save()
-            # The checkpoint is written, so a signal during the save may stop us here.
+            # A signal during the save may stop us here: the checkpoint is written, or will be
+            # before the run ends.
             return stop.agreed_by_all_ranks()
         return False
 

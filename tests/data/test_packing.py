@@ -19,7 +19,9 @@ from tests.support.processes import finish, forget_after, forked
 from tests.support.tiny import (
     NO_DROPOUT,
     SENTENCES,
+    bert_config,
     byte_level_tokenizer,
+    roberta,
     save_files,
     small_config,
     write_text,
@@ -106,6 +108,14 @@ def test_a_packed_run_ends_like_a_padded_one(files, capsys):
             rel = {"eval_accuracy": 0.05}
             for name, value in other.items():
                 assert line[name] == pytest.approx(value, rel=rel.get(name, 1e-4)), name
+
+
+def test_rows_as_long_as_a_model_takes_are_packed():
+    """A BERT of 40 positions has none left to count from 1."""
+    model = AutoModelForMaskedLM.from_config(bert_config())
+    assert packing_works(MaskedLM(model), 40)
+    roberta_like = MaskedLM(roberta(byte_level_tokenizer()))
+    assert packing_works(roberta_like, 64) and roberta_like.first_position == 2
 
 
 def test_rows_longer_than_a_window_are_not_packed(files, capsys):
