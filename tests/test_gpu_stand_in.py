@@ -49,6 +49,7 @@ from tests.support.processes import TIMEOUT, forget_after
 from tests.support.same import WEIGHTS
 from tests.support.tiny import NO_DROPOUT, save_files, small_config
 
+pytestmark = pytest.mark.slow  # its process takes 20 s
 MUST_RUN = "MLM_SCRATCH_NEED_STAND_IN"  # if it is set, a skip is a failure
 
 # ---- What one optimizer step does, without logging, evaluation or a checkpoint: settings, waits,

@@ -90,6 +90,7 @@ def test_a_packed_step_has_the_loss_and_the_gradients_of_a_padded_one(files, set
         assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.slow
 def test_a_packed_run_ends_like_a_padded_one(files, capsys):
     """With two processes, with an evaluation, and with a resume that goes on the other way."""
     settings = LINES | {"batch_size": 8, "eval_fraction": 0.2, "lr": 1e-4, "save_every": 4}
