@@ -1,6 +1,7 @@
 """What is built before the first step: text, model, optimizer, schedule, and the run in memory."""
 
 import math
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mlm_scratch.data.packing import Layout
 from mlm_scratch.data.rows import TokenRows, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.checks import (
+    faster_precision_on_cpu,
     packing_works,
     ready_mask_works,
     sparse_head_works,
@@ -50,9 +52,16 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     if precision.device.type == "cpu":
         keep_freed_memory()
     model = adapt(hf_model, config, ranks)
+    why = ""
+    if config.precision == "auto" and precision.device.type == "cpu":
+        faster = ranks.rank0_decides(lambda: faster_precision_on_cpu(model, config.block_size))
+        why = " (faster here than fp32)" if faster == "bf16" else " (bf16 is not faster here)"
+        config = replace(config, precision=faster)  # noted in run.json: a resume keeps to it
+        precision = choose_precision(config.device, config.precision)
     print(
         f"model: {type(hf_model).__name__} ({config.model}, {config.init}), "
-        f"{hf_model.num_parameters():,} parameters, on {precision}, {what_was_found(model, config)}"
+        f"{hf_model.num_parameters():,} parameters, on {precision}{why}, "
+        f"{what_was_found(model, config)}"
     )
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)

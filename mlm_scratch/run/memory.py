@@ -1,12 +1,15 @@
 """Memory: what a CPU keeps between two steps, and what to do when a device has none left."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mlm_scratch.util.errors import UserError, is_out_of_memory
 
+THREAD_CACHE_OFF = "glibc.malloc.tcache_count=0"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers from glibc's malloc.h
 
 
@@ -21,6 +24,23 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
         mallopt(M_TRIM_THRESHOLD, -1)  # nor is the end of the heap returned
+
+
+def restart_without_thread_cache() -> None:
+    """Start this command line again with a setting that only a new process can make.
+
+    glibc keeps small freed blocks of a thread apart (tcache). Torch's large blocks leave slivers
+    of that size between them, which then keep large free blocks from growing together, and with
+    `keep_freed_memory` the heap of a CPU run grows by the step. Takes a tenth of a second. Does
+    nothing in a notebook, where this process is not the command line's, or beside a GPU.
+    """
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    is_command = sys.orig_argv[-len(sys.argv) :] == sys.argv
+    beside_gpu = Path("/proc/driver/nvidia/version").exists()
+    is_set = THREAD_CACHE_OFF.split("=")[0] in given
+    if sys.platform == "linux" and is_command and not beside_gpu and not is_set:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, THREAD_CACHE_OFF)))
+        os.execv(sys.executable, sys.orig_argv)
 
 
 @contextmanager

@@ -102,6 +102,9 @@ class NoReport:
     def sync(self) -> None:
         """Flush all lines so far to the disk: a checkpoint must not outlive them."""
 
+    def summarize(self) -> None:
+        """Print a line about the whole run, once it is finished."""
+
 
 class Report(NoReport):
     """Writes the metrics of a run as it goes. Use as a context manager.
@@ -136,6 +139,7 @@ class Report(NoReport):
             total=total_steps, initial=first_step, desc="training", unit=" steps"
         )
         self.tokens, self.since = 0, time.perf_counter()
+        self.all_steps, self.all_tokens, self.begun = 0, 0, self.since
 
     def __enter__(self) -> "Report":
         return self
@@ -153,6 +157,8 @@ class Report(NoReport):
         """Move the bar."""
         self.bar.update()
         self.tokens += n_tokens
+        self.all_tokens += n_tokens
+        self.all_steps += 1
 
     def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Write a line of training metrics, with tokens per second outside metrics.jsonl."""
@@ -185,6 +191,19 @@ class Report(NoReport):
     def sync(self) -> None:
         """Call fsync on metrics.jsonl."""
         os.fsync(self.metrics.fileno())
+
+    def summarize(self) -> None:
+        """Print the steps, time and speed of this process, and what the perplexity fell from."""
+        seconds = time.perf_counter() - self.begun
+        line = (
+            f"{self.all_steps:,} steps in {tqdm.format_interval(seconds)}, "
+            f"{self.all_tokens / seconds:,.0f} tokens/s with evaluations"
+        )
+        lines = read_metrics(Path(self.metrics.name).parent)
+        perplexities = [line["perplexity"] for line in lines if "perplexity" in line]
+        if len(perplexities) > 1:
+            line += f"; perplexity {perplexities[0]:.2f} -> {perplexities[-1]:.2f}"
+        print(line)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         line = {"step": step, "epoch": epoch_of(step, self.steps_per_epoch), **values}

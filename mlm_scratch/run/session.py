@@ -83,6 +83,7 @@ class Run:
                 print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
             weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
             save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
+        self.report.summarize()
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """Out of memory is one line that says how the same steps fit."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from mlm_scratch.run import state
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError, is_out_of_memory
+from tests.support.processes import ROOT
 from tests.support.tiny import small_config, small_flags
 
 
@@ -137,3 +141,28 @@ def test_a_model_without_gradient_checkpointing_is_refused(files, monkeypatch):
     monkeypatch.setattr(RobertaForMaskedLM, "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match=r"--gradient-checkpointing: .*does not support"):
         train(small_config(files, gradient_checkpointing=True, max_steps=1))
+
+
+RESTART = """
+import os, sys
+from mlm_scratch.run.memory import restart_without_thread_cache
+print(os.getpid(), sys.argv[1:], flush=True)
+restart_without_thread_cache()
+print(os.environ["GLIBC_TUNABLES"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="only without a GPU")
+def test_a_command_line_restarts_once_as_the_same_process(tmp_path):
+    (tmp_path / "script.py").write_text(RESTART)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.perturb=0"}
+
+    def lines(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.check_output(command, env=environment, text=True).splitlines()
+
+    first, second, tunables = lines("-u", tmp_path / "script.py", "a b", "--c")
+    assert first == second and first.endswith("['a b', '--c']")
+    assert tunables == "glibc.malloc.perturb=0:glibc.malloc.tcache_count=0"
+    assert len(lines("-c", RESTART, "a b")) == 2  # as in a notebook: it is not the command's

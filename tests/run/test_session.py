@@ -4,6 +4,7 @@ work."""
 import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 from mlm_scratch.hf.hub import newest_model
 from mlm_scratch.precision import Precision
 from mlm_scratch.run import build, state
+from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
@@ -70,7 +72,26 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
     versions = {source.split(" (version ")[1] for source in notes["sources"].values()}
     assert notes["sources"].keys() == {"training", "evaluation"} and len(versions) == 1
     assert notes["config"]["epochs"] == 10 and notes["versions"]["torch"] == torch.__version__
-    assert "RobertaForMaskedLM" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "RobertaForMaskedLM" in out
+    first, last = evaluations[0]["perplexity"], evaluations[-1]["perplexity"]
+    assert re.search(
+        rf"^{total} steps in 00:\d\d, [\d,]+ tokens/s .*; perplexity {first:.2f} -> {last:.2f}$",
+        out,
+        re.MULTILINE,
+    )
+
+
+def test_a_resume_keeps_the_precision_that_was_found_faster(files, monkeypatch, capsys):
+    monkeypatch.setattr(build, "faster_precision_on_cpu", lambda *_: "bf16")
+    run_dir = train(small_config(files, precision="auto", max_steps=3))
+    assert "on CPU, bf16 (faster here than fp32)" in capsys.readouterr().out
+    monkeypatch.setattr(build, "faster_precision_on_cpu", lambda *_: "fp32")
+    train(resumed_config(run_dir, {"max_steps": 6}), resume=True)
+    assert "on CPU, bf16, head" in capsys.readouterr().out
+    train(resumed_config(run_dir, {"max_steps": 9, "precision": "auto"}), resume=True)
+    assert "on CPU, fp32 (bf16 is not faster here)" in capsys.readouterr().out
+    assert json.loads((run_dir / "run.json").read_text())["config"]["precision"] == "fp32"
 
 
 def test_equal_runs_have_equal_files_and_never_share_a_directory(files):

@@ -109,6 +109,7 @@ def small_config(files: Path, **settings: Any) -> TrainConfig:
             "lr": 1e-3,
             "log_every": 3,
             "device": "cpu",
+            "precision": "fp32",  # auto goes by the clock
             "eval_fraction": 0.0,
             **settings,
         },
@@ -122,6 +123,7 @@ def small_flags(files: Path) -> list[Any]:
         *("--train-file", files / "a.txt"),
         *("--block-size", 16),
         *("--device", "cpu"),
+        *("--precision", "fp32"),
     ]
 
 

@@ -47,6 +47,7 @@ from mlm_scratch.loader import Collator
 from mlm_scratch.loop import run_steps
 from mlm_scratch.precision import choose_precision
 from mlm_scratch.run.build import prepare
+from mlm_scratch.run.memory import THREAD_CACHE_OFF
 from mlm_scratch.run.metrics import NoReport
 from mlm_scratch.run.signals import StopRequest
 
@@ -72,11 +73,9 @@ class Clock(NoReport):
         self.times.append(time.perf_counter())
 
 
-def our_steps(
-    model: str, text: str, column: str, device: str, batch_size: str, steps: str
-) -> float:
-    """Measure the seconds per optimizer step of the loop."""
-    t = prepare(tutorial_shape(model, text, column, device=device, batch_size=int(batch_size)))
+def our_steps(settings: str, steps: str) -> float:
+    """Measure the seconds per optimizer step of the loop; `settings` are those of a run in JSON."""
+    t = prepare(tutorial_shape(**json.loads(settings)))
     clock, all_steps = Clock(), t.loader.steps
     t.total_steps = int(steps) + 2
     # Without the last step, which would be saved.
@@ -107,11 +106,9 @@ class StepTimes(TrainerCallback):
         self.clock.advance(0)
 
 
-def trainer_steps(
-    model: str, text: str, column: str, device: str, batch_size: str, steps: str
-) -> float:
-    """Measure the seconds per optimizer step of Trainer."""
-    config = tutorial_shape(model, text, column, device=device, batch_size=int(batch_size))
+def trainer_steps(settings: str, steps: str) -> float:
+    """Measure the seconds per optimizer step of Trainer; `settings` as in `our_steps`."""
+    config = tutorial_shape(**json.loads(settings))
     times = StepTimes()
     run_trainer(config, int(steps) + 1, times)
     return seconds_per_step(times.clock, choose_precision(config.device, config.precision).device)
@@ -246,13 +243,15 @@ def in_a_process(function: str, *arguments: str, **environment: str) -> list[flo
 def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Yield the name and the result of every comparison."""
     repeats = arguments.repeats
-    config = tutorial_shape(
-        arguments.model,
-        arguments.text,
-        arguments.text_column,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
-    )
+    settings = {
+        "model": arguments.model,
+        "text": arguments.text,
+        "column": arguments.text_column,
+        "device": arguments.device,
+        "precision": arguments.precision,
+        "batch_size": arguments.batch_size,
+    }
+    config = tutorial_shape(**settings)
     documents, _ = load_documents(config)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     texts = list(documents)
@@ -298,19 +297,14 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
             ),
         )
 
-    shape = (
-        arguments.model,
-        arguments.text,
-        arguments.text_column,
-        arguments.device,
-        str(arguments.batch_size),
-        str(arguments.steps),
-    )
     memory: dict[str, list[float]] = {"our_steps": [], "trainer_steps": []}
 
     def steps_in_a_process(function: str) -> float:
         """Measure each in its own processes: the allocator's settings must not leak."""
-        *_, took, peak = in_a_process(function, *shape)
+        environment = {"GLIBC_TUNABLES": THREAD_CACHE_OFF} if function == "our_steps" else {}
+        *_, took, peak = in_a_process(
+            function, json.dumps(settings), str(arguments.steps), **environment
+        )
         memory[function].append(peak)
         return took
 
@@ -479,6 +473,12 @@ def main() -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="text to measure with")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="arithmetic of both (fp32)",
+    )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per step (8)")
     parser.add_argument(
         "--steps", type=int, default=4, metavar="N", help="training steps per measurement (4)"
