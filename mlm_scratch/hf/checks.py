@@ -156,8 +156,9 @@ def faster_precision_on_cpu(model: MaskedLM, length: int) -> str:
         model: on the CPU.
         length: tokens per row.
     """
-    encoder = copy_with_the_same_weights(model.hf_model).base_model
-    table = encoder.get_input_embeddings().weight  # (V, H) takes part in no product
+    hf_model = copy_with_the_same_weights(model.hf_model)
+    encoder = hf_model.base_model
+    table = hf_model.get_input_embeddings().weight  # (V, H) takes part in no product
     weights = [w for w in encoder.parameters() if w.requires_grad and w is not table]
     input_ids, attention_mask = _rows_of([length] * max(1, 256 // length), model)  # (B, T) each
 

@@ -91,7 +91,8 @@ def test_the_tutorial_runs_completely_against_the_hub(hub, home):
     assert token not in run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
-    assert config == json.loads(json.dumps(vars(TUTORIAL))) | {"output_dir": "runs/tutorial"}
+    changed = {"output_dir": "runs/tutorial", "precision": "fp32"}  # found: the model is tiny
+    assert config == json.loads(json.dumps(vars(TUTORIAL))) | changed
     commit = r"48 documents of data set dany0407/eli5_category \(version [0-9a-f]{12}\), "
     assert re.search(commit, run.stdout)
     lines = read_metrics(Path("runs/tutorial"))
