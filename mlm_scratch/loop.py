@@ -72,7 +72,7 @@ def run_steps(t: "Training", report: "NoReport", stop: "StopRequest") -> bool:
         loss, grad_norm = train_step(t, step)
         t.steps_done += 1
         t.losses.add(loss, step.n_masked)
-        report.advance(step.n_tokens)
+        report.advance(step)
 
         # ---- Once in a while
         if t.steps_done % t.config.log_every == 0:

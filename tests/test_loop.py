@@ -103,7 +103,7 @@ def test_a_step_never_waits_for_the_gpu(files, precision, grouping):
     class Switch:
         steps = 0
 
-        def advance(self, n_tokens):
+        def advance(self, step):
             self.steps += 1
             if self.steps in (2, 9):
                 torch.cuda.set_sync_debug_mode("error" if self.steps == 2 else "default")

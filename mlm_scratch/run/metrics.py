@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mlm_scratch.loader import Step
 from mlm_scratch.parallel.ranks import ALONE, Ranks
+from mlm_scratch.run.flops import Utilization
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.progress import progress_bar
 
@@ -84,14 +86,44 @@ class LossMeter:
         self.nonfinite.copy_(state["lost_steps"])
 
 
+class Pace:
+    """How fast steps go from now on."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.steps = self.tokens = 0
+        self.at_peak = 0.0  # seconds that they would take at the device's peak
+
+    def add(self, tokens: int, at_peak: float) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.tokens += tokens
+        self.at_peak += at_peak
+
+    def seconds(self) -> float:
+        """Return the seconds so far."""
+        return time.perf_counter() - self.begun
+
+    def speed(self) -> dict[str, float]:
+        """Return tokens (without padding) per second, and the MFU if it is known."""
+        seconds = self.seconds()
+        mfu = {"mfu": self.at_peak / seconds} if self.at_peak else {}
+        return {"tokens_per_second": self.tokens / seconds, **mfu}
+
+    def __str__(self) -> str:
+        speed = self.speed()
+        mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+        return f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+
 class NoReport:
     """The report of every rank but the first: it ignores what rank 0 writes down."""
 
     def close(self) -> None:
         """Finish the bar and the files. Harmless if called twice."""
 
-    def advance(self, n_tokens: int) -> None:
-        """Count one optimizer step over n_tokens tokens."""
+    def advance(self, step: Step) -> None:
+        """Count one optimizer step."""
 
     def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last log, and the rate and the gradient norm of this step."""
@@ -109,8 +141,8 @@ class NoReport:
 class Report(NoReport):
     """Writes the metrics of a run as it goes. Use as a context manager.
 
-    metrics.jsonl has no clock times, so that equal runs have equal files; tokens per second go to
-    the progress bar and to TensorBoard only.
+    metrics.jsonl has no clock times, so that equal runs have equal files; the speed goes to the
+    progress bar and to TensorBoard only.
     """
 
     def __init__(
@@ -120,6 +152,7 @@ class Report(NoReport):
         total_steps: int,
         steps_per_epoch: int,
         evaluated_at: int = 0,
+        utilization: Utilization | None = None,
     ):
         """Open the files of `run_dir`.
 
@@ -130,16 +163,16 @@ class Report(NoReport):
             total_steps: the length of the run.
             steps_per_epoch: optimizer steps per epoch.
             evaluated_at: steps done at the last evaluation; later evaluations are dropped, too.
+            utilization: knows what a step costs, to tell the MFU.
         """
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.utilization = steps_per_epoch, utilization
         _drop_later_lines(first_step, evaluated_at, run_dir / METRICS)
         self.metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self.board = SummaryWriter(run_dir / "logs", purge_step=first_step + 1)
         self.bar = progress_bar(
             total=total_steps, initial=first_step, desc="training", unit=" steps"
         )
-        self.tokens, self.since = 0, time.perf_counter()
-        self.all_steps, self.all_tokens, self.begun = 0, 0, self.since
+        self.lap, self.whole = Pace(), Pace()  # since the last log line, of this process
 
     def __enter__(self) -> "Report":
         return self
@@ -153,26 +186,23 @@ class Report(NoReport):
         self.board.close()
         self.metrics.close()
 
-    def advance(self, n_tokens: int) -> None:
+    def advance(self, step: Step) -> None:
         """Move the bar."""
         self.bar.update()
-        self.tokens += n_tokens
-        self.all_tokens += n_tokens
-        self.all_steps += 1
+        at_peak = self.utilization.seconds_at_peak(step) if self.utilization else 0.0
+        self.lap.add(step.n_tokens, at_peak)
+        self.whole.add(step.n_tokens, at_peak)
 
     def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Write a line of training metrics, with tokens per second outside metrics.jsonl."""
-        now = time.perf_counter()
-        tokens_per_second = self.tokens / (now - self.since)
-        self.tokens, self.since = 0, now
+        """Write a line of training metrics, with the speed outside metrics.jsonl."""
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
         self._write(step, values)
-        for name, value in {**values, "tokens_per_second": tokens_per_second}.items():
+        for name, value in {**values, **self.lap.speed()}.items():
             self.board.add_scalar(f"train/{name}", value, step)
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second:,.0f} tokens/s",
-            refresh=False,
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {self.lap}", refresh=False
         )
+        self.lap = Pace()
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Write a line of evaluation metrics, and print it."""
@@ -185,8 +215,7 @@ class Report(NoReport):
                 f"{values['perplexity']:.2f}, accuracy {values['eval_accuracy']:.3f}",
                 flush=True,
             )
-        self.since = time.perf_counter()  # an evaluation is not training time
-        self.tokens = 0
+        self.lap = Pace()  # an evaluation is not training time
 
     def sync(self) -> None:
         """Call fsync on metrics.jsonl."""
@@ -194,11 +223,8 @@ class Report(NoReport):
 
     def summarize(self) -> None:
         """Print the steps, time and speed of this process, and what the perplexity fell from."""
-        seconds = time.perf_counter() - self.begun
-        line = (
-            f"{self.all_steps:,} steps in {tqdm.format_interval(seconds)}, "
-            f"{self.all_tokens / seconds:,.0f} tokens/s with evaluations"
-        )
+        duration = tqdm.format_interval(self.whole.seconds())
+        line = f"{self.whole.steps:,} steps in {duration}, {self.whole} with evaluations"
         lines = read_metrics(Path(self.metrics.name).parent)
         perplexities = [line["perplexity"] for line in lines if "perplexity" in line]
         if len(perplexities) > 1:

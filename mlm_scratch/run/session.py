@@ -26,6 +26,7 @@ from mlm_scratch.run.directory import (
     write_run_json,
 )
 from mlm_scratch.run.first_row import first_row_lines
+from mlm_scratch.run.flops import Utilization
 from mlm_scratch.run.memory import out_of_memory_means
 from mlm_scratch.run.metrics import NoReport, Report, draw_losses
 from mlm_scratch.run.signals import StopRequest
@@ -159,7 +160,14 @@ def _begin(t: Training) -> Report:
         print(*first_row_lines(t.loader, t.tokenizer, t.config), sep="\n")
     ranks = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
     print(f"run: {t.run_dir}, steps {t.steps_done} to {t.total_steps}{ranks}", flush=True)
-    return Report(t.run_dir, t.steps_done, t.total_steps, t.loader.steps_per_epoch, t.evaluated_at)
+    return Report(
+        t.run_dir,
+        t.steps_done,
+        t.total_steps,
+        t.loader.steps_per_epoch,
+        t.evaluated_at,
+        Utilization(t.model, t.precision),
+    )
 
 
 @contextmanager

@@ -32,7 +32,6 @@ import torch
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -43,10 +42,11 @@ from mlm_scratch.config import TrainConfig, resolve
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import TokenRows, prepare_rows, tokenize, write_rows
 from mlm_scratch.hf.load import load_model
-from mlm_scratch.loader import Collator
+from mlm_scratch.loader import Collator, Step
 from mlm_scratch.loop import run_steps
 from mlm_scratch.precision import choose_precision
 from mlm_scratch.run.build import prepare
+from mlm_scratch.run.flops import StepFlops, peak_rate
 from mlm_scratch.run.memory import THREAD_CACHE_OFF
 from mlm_scratch.run.metrics import NoReport
 from mlm_scratch.run.signals import StopRequest
@@ -68,7 +68,11 @@ class Clock(NoReport):
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
 
-    def advance(self, n_tokens: int) -> None:
+    def advance(self, step: Step) -> None:
+        """Record the time."""
+        self.now()
+
+    def now(self) -> None:
         """Record the time."""
         self.times.append(time.perf_counter())
 
@@ -103,7 +107,7 @@ class StepTimes(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Record the time."""
-        self.clock.advance(0)
+        self.clock.now()
 
 
 def trainer_steps(settings: str, steps: str) -> float:
@@ -181,36 +185,26 @@ def summary(pairs: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of the encoder's largest matrix product alone: the best of 20."""
-    a = torch.randn(1024, 768, device=device, dtype=dtype)
-    b = torch.randn(768, 3072, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 10 * 2 * 1024 * 768 * 3072 / (time.perf_counter() - start))
-    return best
+def matrix_rate(device: torch.device, dtype: torch.dtype, positions: int) -> float:
+    """Measure the FLOP/s of matrix products alone: the best of 20.
 
-
-def step_flops(model: PreTrainedModel, tokens: int, block_size: int, masked: int) -> float:
-    """Count the FLOP of one training step.
-
-    6 per weight and token (2 forward, 4 backward) in the encoder's matrices, the attention
-    products, and the head on masked tokens only.
+    That of the encoder's largest layer on a batch. On a GPU, where such a product may take no
+    longer than its launch, a large square one, too.
     """
-    config = model.config
-    matrices = sum(
-        module.weight.numel()
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    )
-    attention = 2 * config.num_hidden_layers * block_size * config.hidden_size
-    head = config.hidden_size * (config.hidden_size + config.vocab_size)
-    return 6 * (tokens * (matrices + attention) + masked * head)
+    shapes = [(positions, 768, 3072)] + [(8192, 8192, 8192)] * (device.type == "cuda")
+    best = 0.0
+    for rows, inner, columns in shapes:
+        a = torch.randn(rows, inner, device=device, dtype=dtype)
+        b = torch.randn(inner, columns, device=device, dtype=dtype)
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(10):
+                a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rate = 10 * 2 * rows * inner * columns / (time.perf_counter() - start)
+            best = max(best, rate)
+    return best
 
 
 def in_a_process(function: str, *arguments: str, **environment: str) -> list[float]:
@@ -317,8 +311,10 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     model = load_model(config.model, "scratch")
     masked = round(config.mlm_probability * config.batch_size * config.block_size)
     tokens = config.batch_size * config.block_size
-    flops = step_flops(model, tokens, config.block_size, masked)
-    rate = matrix_rate(precision.device, precision.dtype)
+    flops = StepFlops(model).count(tokens, config.block_size, masked)
+    with precision.tf32():
+        rate = matrix_rate(precision.device, precision.dtype, tokens)
+    peak = peak_rate(precision)
     yield (
         "training step (Trainer)",
         step
@@ -326,6 +322,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
             "tokens_per_second": tokens / step["ours"],
             "roofline_share": flops / step["ours"] / rate,
             "matrix_flops_per_second": rate,
+            "mfu": flops / step["ours"] / peak if peak else None,
         },
     )
 
@@ -517,6 +514,7 @@ def main() -> None:
             print(
                 f"{'':28} {share:.0%} of the {rate:.3g} FLOP/s of a matrix product alone, "
                 f"{result['tokens_per_second']:,.0f} tokens/s"
+                + (f", MFU {result['mfu']:.1%}" if result["mfu"] else "")
             )
     print(f"train.py --help: {run('train.py', '--help'):.2f} s")
     results["growth"] = []

@@ -58,18 +58,13 @@ from mlm_scratch.data import corpus
 from mlm_scratch.hf.small_modernbert import train_tokenizer
 from mlm_scratch.loader import Step
 from mlm_scratch.loop import train_step
+from mlm_scratch.precision import DTYPES, Precision
 from mlm_scratch.run.build import prepare
+from mlm_scratch.run.flops import StepFlops, peak_rate
 from mlm_scratch.run.state import Training
 from tests.support.tiny import NO_DROPOUT, write_text
-from tests.tools.bench import ROOT, run_trainer, step_flops, summary, tutorial_shape
+from tests.tools.bench import ROOT, run_trainer, summary, tutorial_shape
 
-# Dense FLOP/s of the data sheets, (bf16 and fp16, TF32), by what CUDA calls the GPU.
-PEAKS = {
-    r"H100 80GB HBM3$|H200$": (989e12, 495e12),
-    r"A100": (312e12, 156e12),
-    r"L4$": (121e12, 60e12),
-    r"RTX 4090$": (165e12, 82.6e12),
-}
 # For one H100, in bf16: (rows of 128, value, at least this, in words).
 AIMS = (
     (8, "ratio", 3.0, "3 x Trainer"),
@@ -349,8 +344,8 @@ class Check:
         positions = statistics.median(one.positions for one in timed)
         tokens, block = rows * self.scale.block, self.scale.block
         # Only what is executed counts: the head runs on `positions`, not always on all tokens.
-        rate = step_flops(self.shape, tokens, block, round(positions)) / seconds
-        peak = peak_rate(self.device, precision)
+        rate = StepFlops(self.shape).count(tokens, block, round(positions)) / seconds
+        peak = peak_rate(Precision(self.device, DTYPES[precision]))
         return {
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -504,14 +499,6 @@ def kernel_figures(events: Iterable[Any], seconds: float) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return what CUDA calls the GPU, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def peak_rate(device: torch.device, precision: str) -> float | None:
-    """Return the FLOP/s of the GPU's data sheet, if it is known."""
-    for pattern, (half, tf32) in PEAKS.items():
-        if re.search(pattern, device_name(device)):
-            return tf32 if precision == "fp32" else half
-    return None
 
 
 def environment(device: torch.device) -> dict[str, str | None]:

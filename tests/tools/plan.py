@@ -28,7 +28,7 @@ from transformers import (
 from mlm_scratch.config import TUTORIAL
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.loader import Collator, epoch_order
-from tests.tools.bench import step_flops
+from mlm_scratch.run.flops import StepFlops
 
 BLOCK = 128
 ROWS_PER_GPU = 256
@@ -135,7 +135,7 @@ def main() -> None:
     measured = measure(AutoTokenizer.from_pretrained(arguments.model))
     print(measured)
     tokens = ROWS_PER_GPU * BLOCK
-    flops = step_flops(model, tokens, BLOCK, round(0.15 * tokens)) / tokens
+    flops = StepFlops(model).count(tokens, BLOCK, round(0.15 * tokens)) / tokens
     plans = [plan(gpus, model.num_parameters(), flops, measured) for gpus in (8, 64, 1024)]
     print("| GPUs | 8 | 64 | 1,024 |\n|---|---|---|---|")
     for name in plans[0]:

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 
 from tests.tools import gpu_check
-from tests.tools.gpu_check import TINY, Check, Entry, Scale
+from tests.tools.gpu_check import TINY, Check, Entry
 
 COMPILED = "2 x 16, bf16, compiled"
 STEPS = [f"{rows} x 16, {p}" for p in ("bf16", "fp16", "fp32") for rows in (2, 4)] + [COMPILED]
@@ -113,14 +113,6 @@ def test_what_trainer_raises_leaves_our_numbers(tmp_path, monkeypatch):
     assert "OutOfMemoryError" in gpu_check.table([entry])[-1]
 
 
-def test_only_executed_operations_count(tmp_path):
-    """Against the count by hand for distilroberta-base."""
-    check = Check(Scale(), torch.device("cpu"), tmp_path)
-    flops = gpu_check.step_flops(check.shape, tokens=1024, block_size=128, masked=160)
-    encoder = 6 * (4 * 768**2 + 2 * 768 * 3072)
-    assert flops == 1024 * (6 * encoder + 12 * 6 * 128 * 768) + 6 * 160 * (768**2 + 768 * 50265)
-
-
 def test_every_word_of_the_random_text_is_one_id(tmp_path):
     check = Check(TINY, torch.device("cpu"), tmp_path)
     t = gpu_check.prepare(check.config(check.random_ids, 2, "fp32"))
@@ -173,24 +165,6 @@ def test_aims_are_judged_by_the_better_step_in_bf16():
         "- 1.33 M tokens/s with 256 rows: reached, 1,400,000 tokens/s (256 bf16 False)",
         "- 1.33 M tokens/s with 1024 rows: not measured",
     ]
-
-
-@pytest.mark.parametrize(
-    "name, precision, expected",
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
-        ("NVIDIA H200", "fp32", 495e12),
-        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
-        ("NVIDIA L4", "fp32", 60e12),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165e12),
-        ("NVIDIA H100 PCIe", "bf16", None),
-        ("NVIDIA L40S", "bf16", None),
-        ("CPU", "bf16", None),
-    ],
-)
-def test_data_sheets(monkeypatch, name, precision, expected):
-    monkeypatch.setattr(gpu_check, "device_name", lambda device: name)
-    assert gpu_check.peak_rate(torch.device("cuda"), precision) == expected
 
 
 def test_counts_of_the_cuda_tests(monkeypatch):
