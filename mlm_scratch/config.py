@@ -39,8 +39,9 @@ class TrainConfig:
     )
     init: str = _option(
         "pretrained",
-        "start from the pretrained weights, or from random ones of the same shape",
-        choices=("pretrained", "scratch"),
+        "start from the pretrained weights; from those, with a random LM head (new-head) where they "
+        "have none; or from random weights of the same shape (scratch)",
+        choices=("pretrained", "new-head", "scratch"),
     )
     # ---- The text
     dataset: str | None = _option(

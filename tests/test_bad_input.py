@@ -236,7 +236,7 @@ MODELS = [
     ("no-mask", "has no mask token"),
     ("no-words", "no-words"),
     ("large-vocabulary", "its model only 300 embeddings"),
-    ("no-head", "has no weights for"),
+    ("no-head", "has no LM head"),
     ("gpt", "cannot load a model from"),
 ]
 

@@ -72,11 +72,11 @@ def load_model(
 
     Args:
         name: a Hub id or a directory.
-        init: "pretrained" or "scratch".
+        init: "pretrained"; "new-head" if only the head has no weights; or "scratch".
         dtype: dtype of the weights; "auto" keeps the one that they were saved in.
 
     Raises:
-        UserError: it cannot be loaded, or weights are missing: they would silently start at random.
+        UserError: it cannot be loaded, or weights are missing that would silently start at random.
     """
     set_verbosity_error()  # no report beside ours
     try:
@@ -98,12 +98,25 @@ def load_model(
             f"{name}: {weight} has the shape {tuple(saved)} in the weights, but "
             f"{tuple(configured)} in config.json (was the vocabulary resized?): save both together"
         )
-    if info["missing_keys"]:
-        raise UserError(
-            f"{name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}: not a "
-            "masked-language model, or one without its head (--init scratch starts at random)"
-        )
+    _check_missing(name, sorted(info["missing_keys"]), model.base_model_prefix, init)
     return model
+
+
+def _check_missing(name: str | Path, missing: list[str], encoder: str, init: str) -> None:
+    """Raise UserError unless the weights that are missing are those that `init` draws at random."""
+    weights = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+    if any(weight.startswith(f"{encoder}.") for weight in missing):
+        raise UserError(
+            f"{name} has no weights for {weights}: its encoder is not that of a masked-language "
+            "model (--init scratch starts all of it at random)"
+        )
+    if missing and init != "new-head":
+        raise UserError(
+            f"{name} has no LM head (no weights for {weights}): train.py --init new-head starts "
+            "the head at random and trains both"
+        )
+    if not missing and init == "new-head":
+        raise UserError(f"{name} has an LM head: leave out --init new-head to train it")
 
 
 def _cannot_load(what: str, name: str | Path, error: Exception) -> str:

@@ -164,10 +164,15 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Maske
 
 
 def what_was_found(model: MaskedLM, config: TrainConfig) -> str:
-    """Say on what the head runs and how rows shorter than others are laid out."""
+    """Say where the head comes from and runs, and how rows shorter than others are laid out."""
     head = "head on masked positions"
     if model.dense_head:
         head = "head on all positions" + ("" if config.dense_head else " (it needs all of them)")
+    if config.init == "new-head":
+        embeddings = model.hf_model.get_input_embeddings().weight
+        output = model.hf_model.get_output_embeddings()
+        is_tied = output is not None and output.weight is embeddings
+        head = f"random {head}, {'' if is_tied else 'not '}tied to the embeddings"
     if config.grouping == "blocks":
         return head
     if model.packs:

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from transformers import BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    ElectraConfig,
+    ElectraForPreTraining,
+)
 
 from mlm_scratch.hf.load import load_model, load_tokenizer
+from mlm_scratch.run.build import prepare
+from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
-from tests.support.tiny import bert_config, byte_level_tokenizer, roberta
+from tests.support.tiny import bert_config, byte_level_tokenizer, roberta, small_config
 
 
 def test_loading_returns_what_was_saved_in_fp32(tmp_path):
@@ -26,6 +35,12 @@ def no_head(directory):
     BertModel(bert_config()).save_pretrained(directory)
 
 
+def no_layer(directory):
+    model = BertModel(bert_config(num_hidden_layers=1))
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(directory)
+
+
 def no_weights(directory):
     bert_config().save_pretrained(directory)
 
@@ -41,7 +56,8 @@ def no_config(directory):
 @pytest.mark.parametrize(
     "write, message",
     [
-        (no_head, "no weights for cls"),
+        (no_head, "has no LM head .no weights for cls.* --init new-head"),
+        (no_layer, "has no weights for bert.encoder.layer.1.* its encoder is not"),
         (no_weights, "cannot load a model"),
         (not_a_masked_lm, "cannot load a model"),
         (no_config, "cannot load a model"),
@@ -56,3 +72,46 @@ def test_a_model_that_cannot_be_loaded_is_reported(tmp_path, write, message):
 def test_a_tokenizer_that_cannot_be_loaded_is_reported(tmp_path):
     with pytest.raises(UserError, match="cannot load a tokenizer from"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL = LAYERS | {"hidden_size": 32, "vocab_size": 320, "max_position_embeddings": 40}
+ENCODERS = {
+    "BERT's body, as sentence-transformers saves it": (BertModel, BertConfig(**SMALL)),
+    "ELECTRA's discriminator": (
+        ElectraForPreTraining,
+        ElectraConfig(**SMALL, embedding_size=16),
+    ),
+    "DeBERTa-v2's body": (
+        DebertaV2Model,
+        DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_without_a_head_is_trained_with_a_new_one(files, capsys, name):
+    kind, model_config = ENCODERS[name]
+    saved = kind(model_config)
+    saved.save_pretrained(files / "encoder")
+    byte_level_tokenizer().save_pretrained(files / "encoder")
+    settings = {"model": str(files / "encoder"), "max_steps": 1, "eval_fraction": 0.2}
+    with pytest.raises(UserError, match="--init new-head"):
+        prepare(small_config(files, **settings))
+
+    t = prepare(small_config(files, init="new-head", **settings))
+    assert "new-head" in (line := capsys.readouterr().out) and ", tied to the embeddings" in line
+    encoder = t.hf_model.base_model
+    expected = getattr(saved, saved.base_model_prefix, saved).state_dict()
+    for weight, value in encoder.state_dict().items():
+        assert torch.equal(value, expected[weight])
+    output = t.hf_model.get_output_embeddings().weight
+    assert output is t.hf_model.get_input_embeddings().weight
+    again = prepare(small_config(files, init="new-head", **settings)).hf_model.state_dict()
+    for weight, value in t.hf_model.state_dict().items():
+        assert torch.equal(value, again[weight])  # by the seed of the run
+
+    run_dir = train(small_config(files, init="new-head", **settings))
+    load_model(run_dir / "model")  # complete now
+    with pytest.raises(UserError, match="leave out --init new-head"):
+        load_model(run_dir / "model", "new-head")
