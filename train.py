@@ -29,6 +29,7 @@ def main() -> None:
     for name in ("train_file", "eval_file"):
         if name in given:  # absolute, since a run may be resumed from another directory
             given[name] = tuple(map(os.path.abspath, given[name]))
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
     if resume:
         if recipe != "auto":
@@ -91,16 +92,30 @@ def _argument(option: dataclasses.Field, kind: type) -> dict:
     text = option.metadata["help"].replace("%", "%%")
     if kind is bool:
         return {"action": "store_true", "help": text}
-    if option.default not in (None, ()):
+    if option.default not in (None, ()) and typing.get_origin(kind) is not tuple:
         text += f" (default: {option.default})"
     arguments = {"help": text}
     if "choices" in option.metadata:
         arguments["choices"] = option.metadata["choices"]
     if typing.get_origin(kind) is tuple:
-        return arguments | {"nargs": "+", "metavar": "PATH"}
+        return arguments | {"nargs": "+", "metavar": option.metadata.get("metavar", "PATH")}
+    if option.metadata.get("steps"):
+        return arguments | {"type": steps, "metavar": "N"}
+    if kind == float | str:
+        return arguments | {"type": share, "metavar": "X"}
     kind = next(part for part in (*typing.get_args(kind), kind) if part is not type(None))
     metavar = "ID_OR_DIR" if option.name == "model" else None
     return arguments | {"type": kind, "metavar": metavar or {int: "N", float: "X"}.get(kind)}
+
+
+def steps(text: str) -> float:
+    """Parse a number of steps, or a share of the run."""
+    return int(text) if text.isdecimal() else float(text)
+
+
+def share(text: str) -> float | str:
+    """Parse a share, or two that a run goes from and to."""
+    return text if ":" in text else float(text)
 
 
 def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
 
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.probabilities import check_probabilities
+from mlm_scratch.util.probabilities import check_probabilities, mask_rates
 
 # As a model: a small encoder, with a tokenizer trained on the run's own text.
 # As a data set: the corpus that comes with this package.
 BUNDLED = "bundled"
+
+WATCHED = (
+    "The Milky Way is a [spiral] galaxy.",
+    "The capital of Italy is [Rome].",
+    "A young cat is called a [kitten].",
+)
 
 
 def _option(default: Any, help: str, **meta: Any) -> Any:
@@ -39,8 +45,8 @@ class TrainConfig:
     )
     init: str = _option(
         "pretrained",
-        "start from the pretrained weights; from those, with a random LM head (new-head) where they "
-        "have none; or from random weights of the same shape (scratch)",
+        "start from the pretrained weights; from those and a random LM head, where they have none "
+        "(new-head); or from random weights of the same shape (scratch)",
         choices=("pretrained", "new-head", "scratch"),
     )
     # ---- The text
@@ -87,8 +93,10 @@ class TrainConfig:
         "loss)",
     )
     # ---- The masking
-    mlm_probability: float = _option(
-        0.15, "share of the tokens to mask; BERT used 0.15, ModernBERT 0.3", above=0, at_most=1
+    mlm_probability: float | str = _option(
+        0.15,
+        "share of the tokens to mask; BERT used 0.15, ModernBERT 0.3; 0.3:0.15 falls linearly over "
+        "the run",
     )
     mask_replace_prob: float = _option(
         0.8, "share of the masked tokens that become <mask>", at_least=0, at_most=1
@@ -116,10 +124,24 @@ class TrainConfig:
     lr: float = _option(
         2e-5, "peak learning rate; 1e-5 to 5e-5 to fine-tune, 1e-4 to 3e-3 from scratch", above=0
     )
-    warmup_steps: int = _option(
+    schedule: str = _option(
+        "linear",
+        "how the learning rate falls to 0 after the warm-up: linearly; along a cosine; not at all "
+        "(constant); or only in the last --decay-steps (wsd: warm-up, stable, decay)",
+        choices=("linear", "cosine", "constant", "wsd"),
+    )
+    warmup_steps: float = _option(
         0,
-        "steps over which the learning rate rises from 0 before it decays linearly to 0",
+        "steps over which the learning rate rises from 0; a share of the run if below 1",
         at_least=0,
+        steps=True,
+    )
+    decay_steps: float = _option(
+        0.1,
+        "steps at the end over which --schedule wsd lets the rate fall to 0; a share of the run if "
+        "below 1",
+        at_least=0,
+        steps=True,
     )
     weight_decay: float = _option(
         0.0,
@@ -132,6 +154,33 @@ class TrainConfig:
         "random seed of the split, the order, the masks, dropout and new weights",
         at_least=0,
         at_most=2**63 - 2**32,
+    )
+    # ---- The evaluation
+    eval_every: float = _option(
+        0,
+        "steps between two evaluations; a share of the run if below 1; 0: at the end of every "
+        "epoch",
+        at_least=0,
+        steps=True,
+    )
+    no_eval_first: bool = _option(False, "do not evaluate before the first step")
+    eval_mlm_probability: float = _option(
+        0.15,
+        "share of the tokens to mask for the evaluation, whatever is masked for training",
+        above=0,
+        at_most=1,
+    )
+    watch: tuple[str, ...] = _option(
+        WATCHED,
+        "sentences to fill at each evaluation: with a <mask>, or with the answer in brackets, as "
+        "in 'Paris is the capital of [France].'; default for other texts than the recipe's: none",
+        metavar="SENTENCE",
+    )
+    best: bool = _option(
+        False, "keep the checkpoint with the lowest evaluation loss, too, and end with its model"
+    )
+    patience: int = _option(
+        0, "stop after this many evaluations without a lower loss; 0: never", at_least=0
     )
     # ---- The machine
     device: str = _option(
@@ -158,18 +207,14 @@ class TrainConfig:
         500, "steps between two checkpoints; 0: only at the end and on a signal", at_least=0
     )
     keep: int = _option(2, "checkpoints to keep", at_least=1)
-    eval_every: int = _option(
-        0, "steps between two evaluations; 0: at the end of every epoch", at_least=0
-    )
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(TrainConfig)
         for option in fields(self):
             _check(option.name, getattr(self, option.name), kinds[option.name], option.metadata)
         try:
-            check_probabilities(
-                self.mlm_probability, self.mask_replace_prob, self.random_replace_prob
-            )
+            first_rate, _ = mask_rates(self.mlm_probability)
+            check_probabilities(first_rate, self.mask_replace_prob, self.random_replace_prob)
         except ValueError as error:
             raise UserError(
                 re.sub(r"\w+_prob\w*", lambda name: _flag(name[0]), str(error))
@@ -211,6 +256,8 @@ def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
         raise UserError(f"{flag} is not printable text: {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag} must be a number, got {value}")
+    if limits.get("steps") and value >= 1 and value != int(value):
+        raise UserError(f"{flag} must be a whole number, or a share below 1, got {value}")
     if "choices" in limits and value not in limits["choices"]:
         raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, got {value!r}")
     if value is None:
@@ -241,12 +288,18 @@ BUNDLED_RECIPE = replace(
     eval_batch_size=64,
     eval_fraction=0.02,
     mlm_probability=0.25,
+    eval_every=0.1,
     lr=3e-3,
     warmup_steps=100,  # without it, 55 instead of 58 of the 60 prompts that are not in the text
     weight_decay=0.3,  # with 0.01 the facts are learned too, but tied to the phrasings seen
 )
 
 RECIPES = {config.recipe: config for config in (TUTORIAL, BUNDLED_RECIPE)}
+
+
+def as_steps(value: float, total_steps: int) -> int:
+    """Return a number of steps that may be given as a share of the run, rounded up."""
+    return math.ceil(value * total_steps) if value < 1 else int(value)
 
 
 def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
@@ -269,7 +322,7 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     own_dataset = RECIPES[recipe].dataset
     if "train_file" in given or given.get("dataset", own_dataset) != own_dataset:
         column = "answers.text" if given.get("dataset") == BUNDLED else None
-        implied |= {"dataset": None, "split": "train", "text_column": column}
+        implied |= {"dataset": None, "split": "train", "text_column": column, "watch": ()}
     if given.get("streaming"):
         implied |= {"eval_fraction": 0.0, "grouping": "blocks", "split": "train"}
     return replace(RECIPES[recipe], **{**implied, **given})

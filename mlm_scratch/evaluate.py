@@ -5,6 +5,7 @@ if the model does not change. Here one seed fixes the masks, and all masked toke
 """
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: MaskedLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: TokenRows,
+    rows: TokenRows | None,
     config: TrainConfig,
     precision: Precision,
     ranks: Ranks = ALONE,
@@ -46,10 +47,13 @@ def evaluate(
     Returns:
         eval_loss (nats, mean over all masked tokens), perplexity (its exponential) and
         eval_accuracy (share of masked tokens whose top prediction is right), NaN where no token is
-        masked; or None if a stop signal comes before the last batch.
+        masked; nothing without rows; or None if a stop signal comes before the last batch.
     """
+    if rows is None:
+        return {}
     device = precision.device
     # A new generator with the same seed: the same masks.
+    config = replace(config, mlm_probability=config.eval_mlm_probability)
     collator = Collator(tokenizer, config, Layout(model.packs, aligned=device.type == "cuda"))
     sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0

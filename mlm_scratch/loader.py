@@ -29,6 +29,7 @@ from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import rows_per_step, share_of_step
 from mlm_scratch.util.like_trainer import draw_like_dataloader
+from mlm_scratch.util.probabilities import mask_rates
 from mlm_scratch.util.shapes import pad_positions
 
 
@@ -84,8 +85,9 @@ class Loader:
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """Yield the steps first ... last - 1."""
-        for rows, indices in self.rows_of_steps(first, last):
-            whole_step = self.collator(rows, indices)  # (B, T), masked
+        for step, (rows, indices) in enumerate(self.rows_of_steps(first, last), first):
+            done = step / max(1, last - 1)  # 0 at the first step of the run, 1 at its last
+            whole_step = self.collator(rows, indices, done)  # (B, T), masked
             share = share_of_step(whole_step.labels, self.ranks, complete=self.complete)
             whole_step = whole_step._replace(labels=share.labels)  # all -100 if it has no rows
             parts = self.collator.split(whole_step, share.rows, self.config.batch_size)
@@ -135,9 +137,10 @@ class Collator:
         self.is_special = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)  # (V,)
         self.is_special[tokenizer.all_special_ids] = True
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.first_rate, self.last_rate = mask_rates(config.mlm_probability)
 
-    def __call__(self, rows: TokenRows, indices: np.ndarray) -> Batch:
-        """Pad the rows `indices`, (B,), to the longest, T, and mask them."""
+    def __call__(self, rows: TokenRows, indices: np.ndarray, done: float = 0.0) -> Batch:
+        """Pad rows `indices`, (B,), to the longest, T; mask them at the rate `done` into a run."""
         starts = rows.starts[indices]  # (B,)
         lengths = rows.starts[indices + 1] - starts  # (B,)
         columns = np.arange(lengths.max())  # (T,)
@@ -155,7 +158,7 @@ class Collator:
             special,
             mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
-            mlm_probability=self.config.mlm_probability,
+            mlm_probability=self.first_rate + done * (self.last_rate - self.first_rate),
             mask_replace_prob=self.config.mask_replace_prob,
             random_replace_prob=self.config.random_replace_prob,
             word_ids=word_ids,
@@ -179,5 +182,5 @@ class Collator:
         """(B, T) labels -> (N,) flat indices of the masked tokens."""
         is_masked = labels.flatten() != IGNORE  # (B * T,)
         if self.config.compile:
-            return pad_positions(is_masked, self.config.mlm_probability)  # (N,) N always the same
+            return pad_positions(is_masked, max(self.first_rate, self.last_rate))  # (N,) N is fixed
         return is_masked.nonzero().squeeze(1)  # (N,)

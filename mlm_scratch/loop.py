@@ -56,16 +56,13 @@ def train_step(t: "Training", step: Step) -> tuple[Tensor, Tensor]:
     return loss, grad_norm
 
 
-def run_steps(t: "Training", report: "NoReport", stop: "StopRequest") -> bool:
-    """Run the remaining optimizer steps, or up to the first one after a stop signal.
+def run_steps(t: "Training", report: "NoReport", stop: "StopRequest") -> None:
+    """Run the remaining optimizer steps, or up to the one after which the run is to end.
 
     Args:
         t: the run in memory.
         report: logs the metrics; that of a rank other than 0 ignores them (run/metrics.py).
         stop: remembers a stop signal (run/signals.py).
-
-    Returns:
-        whether a signal stopped it before the end.
     """
     for step in t.loader.steps(t.steps_done, t.total_steps):
         learning_rate = float(t.scheduler.get_last_lr()[0])  # before train_step advances it
@@ -79,5 +76,4 @@ def run_steps(t: "Training", report: "NoReport", stop: "StopRequest") -> bool:
             report.log(t.steps_done, t.losses.take_mean(), learning_rate, grad_norm.item())
         t.losses.stop_if_diverged(t.steps_done)
         if t.evaluate_and_save(report, stop):
-            return True
-    return False
+            return

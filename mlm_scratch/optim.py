@@ -9,7 +9,7 @@ they start at 0 (AdamW: Loshchilov and Hutter 2019, Decoupled Weight Decay Regul
 """
 
 import re
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -46,10 +46,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_schedule(
-    optimizer: Optimizer, warmup_steps: int, total_steps: int, scheduled_steps: int = 0
+    optimizer: Optimizer, share: Callable[[int], float], scheduled_steps: int = 0
 ) -> LambdaLR:
     """Build the schedule: it sets the rate of the next step; step() moves on to the one after."""
-    share = partial(linear_schedule, warmup_steps, total_steps)
     return LambdaLR(optimizer, share, scheduled_steps - 1)
 
 

@@ -18,7 +18,7 @@ from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
 CPU = Precision(torch.device("cpu"), torch.float32)
-CONFIG = replace(TUTORIAL, eval_batch_size=3, mlm_probability=0.3)
+CONFIG = replace(TUTORIAL, eval_batch_size=3, mlm_probability=0.3, eval_mlm_probability=0.3)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_the_mean_is_over_tokens_not_batches(model, rows, dense_head):
 
 def test_without_masked_tokens_the_result_is_nan(model, rows):
     """Rather than a loss of 0, which would look perfect."""
-    result = evaluate(model, TOKENIZER, rows, replace(CONFIG, mlm_probability=1e-9), CPU)
+    result = evaluate(model, TOKENIZER, rows, replace(CONFIG, eval_mlm_probability=1e-9), CPU)
     assert len(result) == 3 and all(map(math.isnan, result.values()))
 
 

@@ -188,3 +188,16 @@ def test_padded_batches_equal_the_collators(whole_word):
         expected = hf_collator(examples)
         assert torch.equal(batch.input_ids, expected["input_ids"])
         assert torch.equal(batch.labels, expected["labels"])
+
+
+def test_the_mask_rate_falls_linearly_over_the_run():
+    """From the first step's to the last one's, and the same after a resume."""
+    rows = TokenRows(np.full(40_000, 500, np.uint16), np.arange(0, 40_001, 1000))
+    settings = {"mlm_probability": "0.9:0.1", "batch_size": 8, "block_size": 1000}
+    expected = [0.9, 0.7, 0.5, 0.3, 0.1]
+    for first in (0, 3):
+        steps = loader(rows, **settings).steps(first, 5)
+        shares = [step.n_masked / step.n_tokens for step in steps]
+        assert shares == pytest.approx(expected[first:], abs=0.03)
+    (step,) = loader(rows, **settings | {"compile": True}).steps(4, 5)
+    assert len(step.batches[0].positions) > 0.9 * 8000  # one size fits every step

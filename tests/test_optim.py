@@ -1,4 +1,4 @@
-"""The schedule and AdamW's parameter groups are those of transformers."""
+"""The schedules and AdamW's parameter groups are those of transformers."""
 
 import pytest
 import torch
@@ -7,11 +7,16 @@ from transformers import (
     AutoModelForMaskedLM,
     Trainer,
     TrainingArguments,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
+from mlm_scratch.config import TrainConfig, as_steps
 from mlm_scratch.hf.small_modernbert import small_modernbert_config
 from mlm_scratch.optim import build_optimizer, build_schedule, parameter_groups
+from mlm_scratch.run.schedules import rate_schedule
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
@@ -35,18 +40,39 @@ def optimizer():
     return SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
 
 
-@pytest.mark.parametrize("warmup, total", [(0, 7), (3, 7), (7, 7), (9, 7), (0, 1)])
-def test_the_schedule_equals_transformers(warmup, total):
-    """Also beyond the last step, and if it is built in the middle, as on a resume."""
-    expected = rates(get_linear_schedule_with_warmup(optimizer(), warmup, total), total + 2)
-    assert rates(build_schedule(optimizer(), warmup, total), total + 2) == expected
+REFERENCES = {
+    "linear": get_linear_schedule_with_warmup,
+    "cosine": get_cosine_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, total: get_constant_schedule_with_warmup(
+        optimizer, warmup
+    ),
+    "wsd": lambda optimizer, warmup, total: get_wsd_schedule(optimizer, warmup, 3, total),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("warmup, total", [(0, 7), (3, 7), (5, 7), (7, 7), (9, 7), (0, 1)])
+def test_the_schedules_equal_transformers(name, warmup, total):
+    """Also beyond the last step, and if they are built in the middle, as on a resume."""
+    share = rate_schedule(TrainConfig(schedule=name, warmup_steps=warmup, decay_steps=3), total)
+    expected = rates(REFERENCES[name](optimizer(), warmup, total), total + 2)
+    assert rates(build_schedule(optimizer(), share), total + 2) == expected
     for done in range(1, total):
         resumed = optimizer()
         resumed.param_groups[0]["initial_lr"] = 3e-4  # it comes with the optimizer's state
-        assert (
-            rates(build_schedule(resumed, warmup, total, done), total - done)
-            == (expected[done:total])
-        )
+        assert rates(build_schedule(resumed, share, done), total - done) == expected[done:total]
+
+
+def test_steps_may_be_a_share_of_the_run(tmp_path):
+    """Rounded up, as by TrainingArguments."""
+    for value, total in ((0.06, 50), (0.06, 51), (0.5, 3), (0.0, 9), (1, 9), (4, 9)):
+        arguments = TrainingArguments(str(tmp_path), warmup_steps=value, use_cpu=True)
+        assert as_steps(value, total) == arguments.get_warmup_steps(total)
+    in_steps, as_shares = (
+        rate_schedule(TrainConfig(schedule="wsd", warmup_steps=warmup, decay_steps=decay), 50)
+        for warmup, decay in ((3, 10), (0.06, 0.2))
+    )
+    assert [in_steps(step) for step in range(50)] == [as_shares(step) for step in range(50)]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -116,6 +116,7 @@ def test_evaluation_equals_trainers_if_all_batches_have_equally_many_masked_toke
     path = tmp_path / "a.txt"
     write_text(path, [f"{i}: {SENTENCES[0]}" for i in range(10, 34)])
     settings = {"grouping": "lines", "mlm_probability": 1.0, "block_size": 64}
+    settings["eval_mlm_probability"] = 1.0
     config = small_config(files, train_file=(str(path),), **settings)
     rows = prepared_rows(config)
     assert len({b - a for a, b in pairwise(rows.starts)}) == 1 and len(rows) == 24

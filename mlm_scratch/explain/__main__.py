@@ -30,6 +30,7 @@ def main() -> None:
     from mlm_scratch.hf.checks import check_fit, longest_input
     from mlm_scratch.hf.load import load_model, load_tokenizer
     from mlm_scratch.model import MaskedLM
+    from mlm_scratch.util.probabilities import mask_rates
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -42,7 +43,8 @@ def main() -> None:
     while not result.predictions and "seed" not in given and config.seed < TUTORIAL.seed + 20:
         config = replace(config, seed=config.seed + 1)  # 15 % of a short sentence may be no token
         result = trace(model, tokenizer, text, config)
-    title = f"seed {config.seed}, {100 * config.mlm_probability:.3g} % of the tokens to be masked"
+    share = 100 * mask_rates(config.mlm_probability)[0]
+    title = f"seed {config.seed}, {share:.3g} % of the tokens to be masked"
     if page is None:
         print(title)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -33,8 +33,10 @@ from mlm_scratch.run.checkpoint import load_state
 from mlm_scratch.run.memory import keep_freed_memory
 from mlm_scratch.run.metrics import LossMeter
 from mlm_scratch.run.saver import Saver
+from mlm_scratch.run.schedules import rate_schedule
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
+from mlm_scratch.run.watch import read_watched
 from mlm_scratch.util.errors import UserError
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
@@ -49,6 +51,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     precision = choose_precision(config.device, config.precision)
     with ranks.rank0_first():
         tokenizer, hf_model, rows, eval_rows, sources = load(config, checkpoint, ranks)
+    watched = read_watched(config.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
     model = adapt(hf_model, config, ranks)
@@ -86,12 +89,13 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         eval_rows=eval_rows,
         total_steps=total_steps,
         optimizer=optimizer,
-        scheduler=build_schedule(optimizer, config.warmup_steps, total_steps),
+        scheduler=build_schedule(optimizer, rate_schedule(config, total_steps)),
         scaler=precision.grad_scaler(),
         losses=LossMeter(precision.device, config.log_every, ranks),
         vocabulary=vocabulary,
         saver=Saver(in_background=precision.device.type != "cpu"),
         sources=sources,
+        watched=watched,
     )
     torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:

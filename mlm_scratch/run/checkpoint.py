@@ -106,7 +106,13 @@ def _seal(directory: Path) -> None:
         sync(path)
 
 
-def remove_old(run_dir: Path, step: int, keep: int, scheduled: Callable[[int], bool]) -> None:
+def remove_old(
+    run_dir: Path,
+    step: int,
+    keep: int,
+    scheduled: Callable[[int], bool],
+    best: Callable[[int], int | None],
+) -> None:
     """Remove all but the newest `keep` checkpoints up to that of `step`, which has to be valid.
 
     Args:
@@ -115,15 +121,16 @@ def remove_old(run_dir: Path, step: int, keep: int, scheduled: Callable[[int], b
         keep: how many to keep.
         scheduled: whether a checkpoint belongs to a step. Those of other steps, written on a
             signal, are removed first: so a run that was stopped ends with the same checkpoints.
+        best: the step whose checkpoint was the best at a step, and is kept besides.
     """
     # Later ones, damaged perhaps, are from before a resume: this run will write them again.
-    kept = [path for path in checkpoints(run_dir) if step_of(path) <= step]
-    for old in kept[1:]:
-        if not scheduled(step_of(old)):
-            kept.remove(old)
+    present = [path for path in checkpoints(run_dir) if step_of(path) <= step]
+    kept = present[:1] + [path for path in present[1:] if scheduled(step_of(path))]
+    kept_steps = {step_of(path) for path in kept[:keep]}
+    kept_steps |= {best_step for at in kept_steps if (best_step := best(at)) is not None}
+    for old in present:
+        if step_of(old) not in kept_steps:
             shutil.rmtree(old)
-    for old in kept[keep:]:
-        shutil.rmtree(old)
 
 
 def load_state(directory: Path) -> dict[str, Any]:

@@ -32,6 +32,10 @@ MAY_CHANGE_ON_RESUME = {
     "keep",
     "eval_every",
     "eval_batch_size",  # its masks change, too
+    "no_eval_first",
+    "watch",
+    "best",
+    "patience",
     "device",
     "precision",
     "compile",

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from mlm_scratch.loader import Step
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.run.flops import Utilization
+from mlm_scratch.run.watch import short, watched_line
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.progress import progress_bar
 
@@ -128,13 +130,13 @@ class NoReport:
     def log(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the mean loss since the last log, and the rate and the gradient norm of this step."""
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Log and print the result of an evaluation."""
+    def evaluation(self, step: int, values: dict[str, float], fills: list[dict[str, Any]]) -> None:
+        """Log and print the result of an evaluation: metrics, and fills of watched sentences."""
 
     def sync(self) -> None:
         """Flush all lines so far to the disk: a checkpoint must not outlive them."""
 
-    def summarize(self) -> None:
+    def summarize(self, final_step: int) -> None:
         """Print a line about the whole run, once it is finished."""
 
 
@@ -151,7 +153,7 @@ class Report(NoReport):
         first_step: int,
         total_steps: int,
         steps_per_epoch: int,
-        evaluated_at: int = 0,
+        evaluated_at: int = -1,
         utilization: Utilization | None = None,
     ):
         """Open the files of `run_dir`.
@@ -162,7 +164,8 @@ class Report(NoReport):
                 they will be logged again.
             total_steps: the length of the run.
             steps_per_epoch: optimizer steps per epoch.
-            evaluated_at: steps done at the last evaluation; later evaluations are dropped, too.
+            evaluated_at: steps done at the last evaluation, -1 before the first; later evaluations
+                are dropped, too.
             utilization: knows what a step costs, to tell the MFU.
         """
         self.steps_per_epoch, self.utilization = steps_per_epoch, utilization
@@ -204,34 +207,46 @@ class Report(NoReport):
         )
         self.lap = Pace()
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Write a line of evaluation metrics, and print it."""
-        self._write(step, values)
+    def evaluation(self, step: int, values: dict[str, float], fills: list[dict[str, Any]]) -> None:
+        """Write a line of evaluation metrics and one of fills, and print both."""
+        lines = []
+        if values:
+            self._write(step, values)
+            lines = [
+                f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity "
+                f"{values['perplexity']:.2f}, accuracy {values['eval_accuracy']:.3f}"
+            ]
+        if fills:
+            self._write(step, {"watch": fills})
+            lines = (lines or [f"step {step}:"]) + [watched_line(fill) for fill in fills]
         for name, value in values.items():
             self.board.add_scalar(f"eval/{name.removeprefix('eval_')}", value, step)
+        for fill in fills:
+            self.board.add_scalar(f"watch/{fill['text']}", fill.get("answer_p", fill["p"]), step)
         with tqdm.external_write_mode():
-            print(
-                f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity "
-                f"{values['perplexity']:.2f}, accuracy {values['eval_accuracy']:.3f}",
-                flush=True,
-            )
+            print(*lines, sep="\n", flush=True)
         self.lap = Pace()  # an evaluation is not training time
 
     def sync(self) -> None:
         """Call fsync on metrics.jsonl."""
         os.fsync(self.metrics.fileno())
 
-    def summarize(self) -> None:
-        """Print the steps, time and speed of this process, and what the perplexity fell from."""
+    def summarize(self, final_step: int) -> None:
+        """Print steps, time and speed of this process, and what evaluation and fills came from."""
         duration = tqdm.format_interval(self.whole.seconds())
         line = f"{self.whole.steps:,} steps in {duration}, {self.whole} with evaluations"
         lines = read_metrics(Path(self.metrics.name).parent)
-        perplexities = [line["perplexity"] for line in lines if "perplexity" in line]
-        if len(perplexities) > 1:
-            line += f"; perplexity {perplexities[0]:.2f} -> {perplexities[-1]:.2f}"
+        before, after = before_and_after(lines, "perplexity", final_step)
+        if before != after:
+            line += f"; perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f}"
         print(line)
+        before, after = before_and_after(lines, "watch", final_step)
+        if before != after:
+            print(f"fills after {before['step']:,} steps, and after {after['step']:,}:")
+            for first, last in zip(before["watch"], after["watch"], strict=True):
+                print(f"{watched_line(first)}  ->  {short(last)}")
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, "epoch": epoch_of(step, self.steps_per_epoch), **values}
         self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
@@ -239,6 +254,8 @@ class Report(NoReport):
 
 def epoch_of(step: int, steps_per_epoch: int) -> float:
     """Return the epochs done after `step` steps, added up and hence rounded as in Trainer."""
+    if step == 0:
+        return 0.0
     epoch, step_of_epoch = divmod(step - 1, steps_per_epoch)
     return epoch + (step_of_epoch + 1) / steps_per_epoch
 
@@ -258,7 +275,7 @@ def _drop_later_lines(last_step: int, last_evaluation: int, metrics: Path) -> No
 def _is_later(line: bytes, last_step: int, last_evaluation: int) -> bool:
     try:
         values = json.loads(line)
-        last = last_evaluation if "eval_loss" in values else last_step
+        last = last_evaluation if values.keys() & {"eval_loss", "watch"} else last_step
         return not line.endswith(b"\n") or values["step"] > last
     except (ValueError, KeyError, TypeError, RecursionError):
         if line.endswith(b"\n"):  # else a kill interrupted the write
@@ -275,23 +292,58 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def before_and_after(
+    lines: list[dict[str, Any]], name: str, final_step: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the first line with `name` and the last one up to a step; empty if there is none."""
+    having = [line for line in lines if name in line and line["step"] <= final_step]
+    return (having[0], having[-1]) if having else ({}, {})
+
+
+def lowest(losses: dict[int, float]) -> int | None:
+    """Return the step with the lowest loss, the first of equal ones; None if none is finite."""
+    finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda step: (finite[step], step), default=None)
+
+
+def answer_curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return for each watched sentence (step, probability of its answer, or else of its fill)."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        for fill in line.get("watch", []):
+            point = line["step"], fill.get("answer_p", fill["p"])
+            curves.setdefault(fill["text"], []).append(point)
+    return curves
+
+
 def draw_losses(run_dir: Path) -> None:
-    """Draw loss.png, training and evaluation loss over the steps, from metrics.jsonl."""
+    """Draw loss.png from metrics.jsonl: the losses over the steps, and the watched sentences."""
     import matplotlib  # half a second to import, needed once, at the very end
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     lines = read_metrics(run_dir)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for points, style, label in ((train, "-", "training"), (held_out, "o-", "evaluation")):
-        points = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    watched = answer_curves(lines)
+    rows, height = (2, 7.5) if watched else (1, 4.5)
+    figure, panels = pyplot.subplots(
+        rows, figsize=(8, height), layout="constrained", sharex=True, squeeze=False
+    )
+    losses = panels[0, 0]
+    for name, style, label in (("loss", "-", "training"), ("eval_loss", "o-", "evaluation")):
+        points = [
+            (line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))
+        ]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-            axes.legend()
-    axes.set(xlabel="step", ylabel="loss (nats per masked token)", title=run_dir.name)
-    axes.grid(alpha=0.3)
+            losses.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+            losses.legend()
+    losses.set(ylabel="loss (nats per masked token)", title=run_dir.name)
+    for text, points in watched.items():
+        panels[1, 0].plot(*zip(*points, strict=True), "o-", label=text, markersize=4)
+        panels[1, 0].legend(fontsize="small")
+        panels[1, 0].set(ylabel="probability of the answer", ylim=(-0.03, 1.03))
+    for panel in panels[:, 0]:
+        panel.grid(alpha=0.3)
+    panels[-1, 0].set(xlabel="step")
     figure.savefig(run_dir / PICTURE, dpi=120)
     pyplot.close(figure)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.hf.checks import weights_are_finite
+from mlm_scratch.hf.load import load_model
 from mlm_scratch.loop import run_steps
 from mlm_scratch.parallel.ranks import Ranks, all_ranks
 from mlm_scratch.run.build import prepare
@@ -28,12 +29,12 @@ from mlm_scratch.run.directory import (
 from mlm_scratch.run.first_row import first_row_lines
 from mlm_scratch.run.flops import Utilization
 from mlm_scratch.run.memory import out_of_memory_means
-from mlm_scratch.run.metrics import NoReport, Report, draw_losses
+from mlm_scratch.run.metrics import NoReport, Report, draw_losses, lowest
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
+from mlm_scratch.util.runs import LATEST, MODEL, find_fault, newest_valid_checkpoint, step_of
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -48,11 +49,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     with all_ranks() as ranks, open_run(config, resume, ranks) as run:
         t = run.training
-        # If a signal cut this step's evaluation short before the resume, it is run now.
-        stopped = t.evaluation_is_due() and t.evaluate_and_save(run.report, run.stop)
-        with out_of_memory_means(_smaller_batches(t)):
-            stopped = stopped or run_steps(t, run.report, run.stop)
-        run.conclude(stopped)
+        # Before the first step; or, if a signal cut it short before the resume, that of this step.
+        ends = t.evaluate_and_save(run.report, run.stop) if t.evaluation_is_due() else False
+        if not (ends or t.out_of_patience()):
+            with out_of_memory_means(_smaller_batches(t)):
+                run_steps(t, run.report, run.stop)
+        run.conclude()
     return t.run_dir
 
 
@@ -64,27 +66,58 @@ class Run:
     report: NoReport
     stop: StopRequest
 
-    def conclude(self, stopped: bool) -> None:
+    def conclude(self) -> None:
         """Write what a finished run leaves behind, or after a stop signal print how to resume."""
         t = self.training
         t.saver.finish()
         self.report.close()
         if t.ranks.is_first:
             draw_losses(t.run_dir)
-        if stopped:
+        if self.stop.agreed:
             print(f"stopped; go on with: {_resume_command(t.run_dir)}", flush=True)
             raise SystemExit(128 + self.stop.agreed)
+        if not t.ranks.is_first:
+            return
+        if t.steps_done < t.total_steps:
+            print(
+                f"step {t.steps_done} of {t.total_steps} was the last: no lower evaluation loss in "
+                f"{t.config.patience} evaluations"
+            )
+        if nonfinite := t.losses.nonfinite.item():
+            print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
+        self.report.summarize(self._save_final_model())
+
+    def _save_final_model(self) -> int:
+        """Write model/. Returns the steps done when it was as it is there."""
+        t = self.training
+        best = _best_checkpoint(t) if t.config.best else None
+        if best is not None and step_of(best) < t.steps_done:
+            loss = t.evaluations[step_of(best)]
+            print(f"model/ is that of {best.name}: the lowest evaluation loss, {loss:.4f}")
+            hf_model = load_model(best)
+            save_model(t.run_dir / MODEL, hf_model, hf_model.state_dict(), t.tokenizer)
+            return step_of(best)
         if not weights_are_finite(t.hf_model):
             raise UserError(
                 f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
                 "save; begin a new run with a lower --lr or --weight-decay"
             )
-        if t.ranks.is_first:
-            if nonfinite := t.losses.nonfinite.item():
-                print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
-            weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
-            save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
-        self.report.summarize()
+        weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
+        save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
+        return t.steps_done
+
+
+def _best_checkpoint(t: Training) -> Path | None:
+    """Return the intact checkpoint with the lowest evaluation loss; warn if a better one is not."""
+    losses = dict(t.evaluations)
+    while (step := lowest(losses)) is not None:
+        checkpoint = t.run_dir / f"checkpoint-{step}"
+        fault = find_fault(checkpoint) if checkpoint.is_dir() else "it is missing"
+        if fault is None:
+            return checkpoint
+        print(f"warning: {checkpoint.name}, the best, is damaged ({fault})", file=sys.stderr)
+        del losses[step]
+    return None
 
 
 @contextmanager
@@ -165,7 +198,7 @@ def _begin(t: Training) -> Report:
         t.steps_done,
         t.total_steps,
         t.loader.steps_per_epoch,
-        t.evaluated_at,
+        max(t.evaluations, default=-1),
         Utilization(t.model, t.precision),
     )
 

@@ -1,7 +1,8 @@
 """A run in memory, and everything of it that a checkpoint has to hold."""
 
+import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import TrainConfig, as_steps
 from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
@@ -23,9 +24,11 @@ from mlm_scratch.precision import LossScaler, Precision
 from mlm_scratch.run.checkpoint import remove_old, save_checkpoint
 from mlm_scratch.run.directory import MAY_CHANGE_ON_RESUME, PER_RANK, check_same_run
 from mlm_scratch.run.memory import out_of_memory_means
-from mlm_scratch.run.metrics import LossMeter, NoReport
+from mlm_scratch.run.metrics import LossMeter, NoReport, lowest
 from mlm_scratch.run.saver import Saver
+from mlm_scratch.run.schedules import rate_schedule
 from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.run.watch import Watched, fill_watched
 from mlm_scratch.util.errors import UserError
 
 
@@ -50,51 +53,73 @@ class Training:
     vocabulary: PaddedVocabulary
     saver: Saver
     sources: dict[str, str]  # what is read for training and evaluation, with its version
+    watched: list[Watched]
     run_dir: Path = Path()
     steps_done: int = 0
-    evaluated_at: int = 0  # steps done at the last evaluation
+    evaluations: dict[int, float] = field(default_factory=dict)  # losses, by the steps done
 
     def due(self, every: int, step: int | None = None) -> bool:
         """Whether something done every `every` steps (0: only at the end) is due.
 
-        At `step`, or now.
+        At `step`, or now; never before the first step.
         """
         at = self.steps_done if step is None else step
-        return at == self.total_steps or (every > 0 and at % every == 0)
+        return at == self.total_steps or (every > 0 and at > 0 and at % every == 0)
 
     def evaluation_is_due(self) -> bool:
         """Whether the current model has to be evaluated and has not been yet."""
-        every = self.config.eval_every or self.loader.steps_per_epoch
-        is_new = self.steps_done > self.evaluated_at
-        return self.eval_rows is not None and is_new and self.due(every)
+        if self.steps_done in self.evaluations or not (self.eval_rows or self.watched):
+            return False
+        if self.steps_done == 0:
+            return not self.config.no_eval_first
+        every = as_steps(self.config.eval_every, self.total_steps) or self.loader.steps_per_epoch
+        return self.due(every)
 
     def evaluate_and_save(self, report: NoReport, stop: StopRequest) -> bool:
-        """Evaluate if due, and save if due. Returns whether a signal asks to stop now.
+        """Evaluate if due, and save if due. Returns whether the run is to end here.
 
-        An evaluation that a signal cuts short is repeated after the resume.
+        That is after a signal, or for lack of patience. An evaluation that a signal cuts short is
+        repeated after the resume.
         """
         self.saver.raise_if_failed()
-        if self.eval_rows is not None and self.evaluation_is_due():
-            with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
-                metrics = evaluate(
-                    self.model,
-                    self.tokenizer,
-                    self.eval_rows,
-                    self.config,
-                    self.precision,
-                    self.ranks,
-                    stop,
-                )
-            if metrics is not None:
-                report.evaluation(self.steps_done, metrics)
-                self.evaluated_at = self.steps_done
-        if stop.agreed_by_all_ranks() or self.due(self.config.save_every):
+        is_best = self.evaluation_is_due() and self._evaluate(report, stop)
+        stopped, exhausted = stop.agreed_by_all_ranks(), self.out_of_patience()
+        if stopped or exhausted or is_best or self.due(self.config.save_every):
             report.sync()
             self.save()
             # A signal during the save may stop us here: the checkpoint is written, or will be
             # before the run ends.
-            return stop.agreed_by_all_ranks()
-        return False
+            stopped = stop.agreed_by_all_ranks()
+        return stopped or exhausted
+
+    def _evaluate(self, report: NoReport, stop: StopRequest) -> bool:
+        """Evaluate. Returns whether the model is the best so far and has to be kept."""
+        with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
+            metrics = evaluate(
+                self.model,
+                self.tokenizer,
+                self.eval_rows,
+                self.config,
+                self.precision,
+                self.ranks,
+                stop,
+            )
+        if metrics is None:
+            return False
+        fills = fill_watched(self.hf_model, self.tokenizer, self.watched, self.ranks)
+        report.evaluation(self.steps_done, metrics, fills)
+        self.evaluations[self.steps_done] = metrics.get("eval_loss", math.nan)
+        return self.config.best and self.best_step(self.steps_done) == self.steps_done
+
+    def best_step(self, last: int) -> int | None:
+        """Return the step with the lowest evaluation loss up to `last`, if any is finite."""
+        return lowest({step: loss for step, loss in self.evaluations.items() if step <= last})
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations have not lowered the loss."""
+        best = self.best_step(self.steps_done)
+        later = [step for step in self.evaluations if step > (-1 if best is None else best)]
+        return 0 < self.config.patience <= len(later)
 
     def save(self) -> None:
         """Write a checkpoint, unless weights are NaN or infinite: it would displace a good one."""
@@ -119,9 +144,13 @@ class Training:
         self.saver.write(write)
 
     def remove_old_checkpoints(self, step: int) -> None:
-        """Keep config.keep of them up to that of `step`, which must exist and be valid."""
+        """Keep config.keep of them up to that of `step`, which must exist and be valid.
+
+        With --best also what was the best at each of them, in case it has to be resumed from.
+        """
         scheduled = partial(self.due, self.config.save_every)
-        remove_old(self.run_dir, step, self.config.keep, scheduled)
+        best = self.best_step if self.config.best else lambda step: None
+        remove_old(self.run_dir, step, self.config.keep, scheduled, best)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on besides the weights."""
@@ -132,7 +161,7 @@ class Training:
             },
             "rows_per_step": self.loader.rows_per_step,
             "steps_done": self.steps_done,
-            "evaluated_at": self.evaluated_at,
+            "evaluations": dict(self.evaluations),
             **self.losses.state_dict(),
             "optimizer": self.vocabulary.optimizer_state(self.optimizer),
             "scheduled_steps": self.scheduler.last_epoch,  # without skipped steps
@@ -159,13 +188,12 @@ class Training:
             UserError: settings or texts are not those that the run was begun with.
         """
         check_resume(self, state)
-        self.steps_done, self.evaluated_at = state["steps_done"], state["evaluated_at"]
+        self.steps_done, self.evaluations = state["steps_done"], dict(state["evaluations"])
         self.losses.load_state_dict(state)
         self.vocabulary.load_optimizer_state(self.optimizer, state["optimizer"])
         # Rebuilt rather than loaded: if the run is longer now, its rates are other ones.
-        self.scheduler = build_schedule(
-            self.optimizer, self.config.warmup_steps, self.total_steps, state["scheduled_steps"]
-        )
+        share = rate_schedule(self.config, self.total_steps)
+        self.scheduler = build_schedule(self.optimizer, share, state["scheduled_steps"])
         if state["scaler"]:  # empty unless the run was in fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
@@ -180,7 +208,7 @@ class Training:
 
 def check_resume(t: Training, state: dict[str, Any]) -> None:
     """Raise UserError unless `state` is from an earlier step of the same run."""
-    if "loader" not in state:
+    if "evaluations" not in state:
         raise UserError("--resume: the checkpoint was written by another version")
     check_same_run(state["config"], asdict(t.config))
     if (rows := t.loader.rows_per_step) != state["rows_per_step"]:

@@ -1,4 +1,4 @@
-"""The three probabilities of the masking, checked where they enter."""
+"""The probabilities of the masking, checked where they enter."""
 
 
 def check_probabilities(
@@ -13,3 +13,24 @@ def check_probabilities(
             f"mask_replace_prob {mask_replace_prob} and random_replace_prob {random_replace_prob} "
             "add up to more than 1"
         )
+
+
+def mask_rates(mlm_probability: float | str) -> tuple[float, float]:
+    """Return the share of tokens to mask at the start and at the end of a run.
+
+    "0.3:0.15" falls linearly from the one to the other, 0.15 stays.
+
+    Raises:
+        ValueError: it is neither, or a share is not above 0 and at most 1.
+    """
+    first, _, last = str(mlm_probability).partition(":")
+    try:
+        rates = float(first), float(last or first)
+    except ValueError as error:
+        raise ValueError(
+            f"mlm_probability must be a share, or two as in 0.3:0.15, got {mlm_probability!r}"
+        ) from error
+    for rate in rates:
+        if not 0 < rate <= 1:
+            raise ValueError(f"mlm_probability must be above 0 and at most 1, got {rate}")
+    return rates

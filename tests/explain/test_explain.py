@@ -124,7 +124,7 @@ def test_a_page_shows_markup_as_text(files, call):
         ([" "], "there is no token to mask in the text"),
         (["caf\udce9"], "is not UTF-8"),
         (["galaxy " * 99], "the model takes 64"),
-        (["--mlm-probability", 2, TEXT], "--mlm-probability must be at most 1"),
+        (["--mlm-probability", 2, TEXT], "--mlm-probability must be above 0 and at most 1"),
         (["--seed", -1, TEXT], "--seed must be at least 0"),
         (["--html", "missing/page.html", TEXT], "--html: cannot write missing/page.html"),
         ([], "the following arguments are required: text"),

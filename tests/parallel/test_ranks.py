@@ -47,6 +47,8 @@ def config(files, **settings):
             "epochs": 3.0,
             "save_every": 3,
             "keep": 9,
+            "best": True,
+            "watch": ("Water [boils] at one hundred.",),
             **settings,
         },
     )
@@ -176,7 +178,7 @@ def test_a_rank_that_dies_ends_the_others(files, start, killed):
     os.kill(pid_of(killed, launched), signal.SIGKILL)
     code, _, err = finish(launched)
     assert code != 0 and time.monotonic() - begin < 60
-    assert "error" in err and "another process of this run is gone or out of reach" in err
+    assert "another process of this run is gone or out of reach" in err, err
     assert "mlm_scratch/loop.py" not in err  # no traceback of ours
 
 

@@ -99,7 +99,8 @@ def test_every_device_has_its_own_words_for_it(error):
 def test_an_evaluation_that_does_not_fit_goes_on_with_smaller_batches(files, monkeypatch, call):
     with monkeypatch.context() as patch, pytest.raises(UserError, match="--eval-batch-size"):
         patch.setattr(state, "evaluate", out_of_memory)
-        train(small_config(files, output_dir="run", eval_fraction=0.2, max_steps=4, save_every=2))
+        settings = {"eval_fraction": 0.2, "no_eval_first": True, "max_steps": 4, "save_every": 2}
+        train(small_config(files, output_dir="run", **settings))
     code, out, err = call(command, "--resume", "--output-dir", "run", "--eval-batch-size", 2)
     assert code == 0 and "steps 2 to 4" in out, err
 

@@ -39,7 +39,7 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1.5
-    assert len(evaluations) == 10  # one per epoch
+    assert len(evaluations) == 11  # before the first step, and one per epoch
     assert set(evaluations[0]) == {"step", "epoch", "eval_loss", "perplexity", "eval_accuracy"}
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 1
 

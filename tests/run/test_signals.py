@@ -73,13 +73,14 @@ def test_a_signal_loses_nothing_wherever_it_arrives(
     assert "go on with: python train.py --resume --output-dir 'stopped run'" in out
     (newest, *_) = checkpoints(Path("stopped run"))
     assert find_fault(newest) is None and not Path("stopped run/model").exists()
-    assert newest.name == ("checkpoint-1" if name == "forward" else "checkpoint-5")
+    steps = {"evaluate": 0, "forward": 1, "save_checkpoint": 5}  # before the first step, too
+    assert newest.name == f"checkpoint-{steps[name]}"
     assert_same_run(whole, train(settings, resume=True))
 
 
 def test_an_evaluation_repeated_after_a_resume_is_logged_once(files, monkeypatch):
     """Stopped in the evaluation at step 5, then killed after it was repeated."""
-    settings = config(files, output_dir="stopped", save_every=7)
+    settings = config(files, output_dir="stopped", save_every=7, no_eval_first=True)
     whole = train(replace(settings, output_dir="whole"))
     evaluate, step = state.evaluate, MaskedLM.forward
 

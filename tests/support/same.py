@@ -49,7 +49,11 @@ def assert_same_curve(one: Path, other: Path) -> None:
     lines, other_lines = read_metrics(one), read_metrics(other)
     assert len(lines) == len(other_lines) > 0
     for line, other_line in zip(lines, other_lines, strict=True):
+        fills, other_fills = line.pop("watch", []), other_line.pop("watch", [])
         assert line == pytest.approx(other_line, rel=1e-5)
+        for fill, other_fill in zip(fills, other_fills, strict=True):
+            assert fill["text"] == other_fill["text"]
+            assert fill["answer_p"] == pytest.approx(other_fill["answer_p"], rel=1e-4)
     weights, other_weights = (load_file(run / MODEL / WEIGHTS) for run in (one, other))
     for name in weights:
         if not name.endswith("key.bias"):  # softmax cancels it: its gradient is rounding alone

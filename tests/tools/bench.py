@@ -50,6 +50,7 @@ from mlm_scratch.run.flops import StepFlops, peak_rate
 from mlm_scratch.run.memory import THREAD_CACHE_OFF
 from mlm_scratch.run.metrics import NoReport
 from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.util.probabilities import mask_rates
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = """
@@ -309,7 +310,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     )
     precision = choose_precision(config.device, config.precision)
     model = load_model(config.model, "scratch")
-    masked = round(config.mlm_probability * config.batch_size * config.block_size)
+    masked = round(mask_rates(config.mlm_probability)[0] * config.batch_size * config.block_size)
     tokens = config.batch_size * config.block_size
     flops = StepFlops(model).count(tokens, config.block_size, masked)
     with precision.tf32():

@@ -55,7 +55,7 @@ SETTINGS = {
 VARIANTS: tuple[dict[str, Any], ...] = (
     {"precision": "fp32"},
     {"precision": "fp16"},  # with the scaler
-    {"grouping": "lines", "whole_word": True, "keep": 1},
+    {"grouping": "lines", "whole_word": True, "keep": 1, "best": True},
 )
 IN_BACKGROUND = 1  # the variant whose killed runs, as on a GPU, take steps while they save
 

@@ -1,0 +1,119 @@
+"""Watched sentences: what is masked, what is shown, and that watching changes nothing."""
+
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import BertForMaskedLM
+
+from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.hf.load import load_model, load_tokenizer
+from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.run.session import train
+from mlm_scratch.run.watch import fill_watched, read_watched, watched_line
+from mlm_scratch.util.errors import UserError
+from tests.support.tiny import (
+    bert_config,
+    byte_level_tokenizer,
+    roberta,
+    small_config,
+    wordpiece_tokenizer,
+)
+
+SPIRAL = "The Milky Way is a [spiral] galaxy."
+
+
+def fill(texts, model, tokenizer):
+    return fill_watched(model, tokenizer, read_watched(texts, model, tokenizer), ALONE)
+
+
+def test_fills_and_answers_equal_fill_mask():
+    """With <mask> or [MASK], whatever the tokenizer's own is; with an answer of one token."""
+    for tokenizer in (byte_level_tokenizer(), wordpiece_tokenizer()):
+        if tokenizer.mask_token == "<mask>":
+            model = roberta(tokenizer)
+        else:
+            model = BertForMaskedLM(bert_config())
+        mask = tokenizer.mask_token
+        masked = f"Water {mask} the heart."
+        (best,) = fill_mask(model, tokenizer, masked, top_k=1)
+        (target,) = fill_mask(
+            model, tokenizer, masked, targets=["Ġis" if mask == "<mask>" else "is"]
+        )
+        first, second, third = fill(
+            ("Water <mask> the heart.", "Water [MASK] the heart.", "Water [is] the heart."),
+            model,
+            tokenizer,
+        )
+        for each in (first, second, third):
+            assert each["fill"] == best["token_str"].strip()
+            assert each["p"] == pytest.approx(best["score"])
+        assert "answer" not in first and "answer" not in second
+        assert third["answer"] == "is"
+        assert third["answer_p"] == pytest.approx(target["score"])
+
+
+def test_an_answer_of_several_tokens_gets_as_many_masks():
+    tokenizer = wordpiece_tokenizer()
+    model = BertForMaskedLM(bert_config())
+    (each,) = fill(("Water is [unbelievable] and a heart.",), model, tokenizer)
+    text = "Water is [MASK] [MASK] [MASK] and a heart."
+    pieces = ["un", "##believ", "##able"]
+    of_masks = fill_mask(model, tokenizer, text, top_k=50)
+    p = [
+        next(fill["score"] for fill in fills if fill["token"] == id)
+        for fills, id in zip(of_masks, tokenizer.convert_tokens_to_ids(pieces), strict=True)
+    ]
+    assert each["answer_p"] == pytest.approx(math.prod(p))
+    assert each["p"] == pytest.approx(math.prod(fills[0]["score"] for fills in of_masks))
+
+
+def test_the_line_says_whether_it_is_right():
+    right = {"text": SPIRAL, "fill": "spiral", "p": 0.98, "answer": "spiral", "answer_p": 0.98}
+    assert watched_line(right) == f"    {SPIRAL}  spiral (0.98): right"
+    wrong = right | {"fill": "the", "p": 0.31, "answer_p": 0.00123}
+    assert watched_line(wrong) == f"    {SPIRAL}  the (0.31), not spiral (0.0012)"
+    assert watched_line({"text": "A <mask>.", "fill": "b", "p": 0.5}) == "    A <mask>.  b (0.50)"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("no gap at all", "no <mask> in the text 'no gap at all'"),
+        ("[two] of [them]", "name one answer in '\\[two\\] of \\[them\\]', not 2"),
+        ("T[h]e Milky Way", "'h' is no word of its own for the tokenizer"),
+        ("long " * 80 + "<mask>", "the model takes 64"),
+    ],
+)
+def test_what_cannot_be_watched_is_reported_before_the_run(files, text, message):
+    with pytest.raises(UserError, match=message):
+        train(small_config(files, watch=(text,), output_dir="run"))
+
+
+def test_sentences_are_watched_from_before_the_first_step(files, capsys):
+    """With and without held-out text; no random state moves by it."""
+    sentences = (SPIRAL, "Paris is the <mask> of France.")
+    settings = {"eval_every": 5, "max_steps": 12, "log_every": 1}
+    plain = train(small_config(files, **settings))
+    capsys.readouterr()
+    run_dir = train(small_config(files, watch=sentences, **settings))
+    lines = [line for line in read_metrics(run_dir) if "watch" in line]
+    assert [line["step"] for line in lines] == [0, 5, 10, 12]
+    assert [line for line in read_metrics(run_dir) if "loss" in line] == read_metrics(plain)
+    tokenizer = load_tokenizer(run_dir / "model")
+    for line, directory in ((lines[0], files / "model"), (lines[-1], run_dir / "model")):
+        expected = fill(sentences, load_model(directory), tokenizer)
+        for each, value in zip(line["watch"], expected, strict=True):
+            assert each == pytest.approx(value)
+    out = capsys.readouterr().out
+    assert f"step 5:\n{watched_line(lines[1]['watch'][0])}\n" in out
+    assert "fills after 0 steps, and after 12:\n" + watched_line(lines[0]["watch"][0]) in out
+    curves = EventAccumulator(str(run_dir / "logs")).Reload()
+    values = [event.value for event in curves.Scalars(f"watch/{SPIRAL}")]
+    assert values == pytest.approx([line["watch"][0]["answer_p"] for line in lines])
+
+    held_out = settings | {"eval_fraction": 0.2, "no_eval_first": True}
+    later = read_metrics(train(small_config(files, watch=sentences, **held_out)))
+    assert [line["step"] for line in later if "watch" in line] == [5, 10, 12]
+    assert [line["step"] for line in later if "eval_loss" in line] == [5, 10, 12]
