@@ -15,6 +15,8 @@ from mlm_scratch.util.probabilities import check_probabilities, mask_rates
 # As a data set: the corpus that comes with this package.
 BUNDLED = "bundled"
 
+HELD_OUT = 0.2  # share of the documents
+
 WATCHED = (
     "The Milky Way is a [spiral] galaxy.",
     "The capital of Italy is [Rome].",
@@ -56,6 +58,15 @@ class TrainConfig:
     )
     dataset_config: str | None = _option(None, "configuration of the data set, if it has several")
     split: str = _option("train[:5000]", "split of the data set; slices as in train[:5000]")
+    revision: str | None = _option(
+        None, "commit, tag or branch of the model on the Hub, and of the data set"
+    )
+    dataset_revision: str | None = _option(
+        None, "commit, tag or branch of the data set, if not that of --revision"
+    )
+    # What these were when the run was begun: a resume loads the same.
+    model_commit: str | None = None
+    dataset_commit: str | None = None
     train_file: tuple[str, ...] = _option(
         (),
         "train on these files instead: .txt (a document per line), .jsonl, .csv or .parquet, "
@@ -74,8 +85,13 @@ class TrainConfig:
         "read, tokenize and chunk the text while training, without a copy on disk; needs "
         "--max-steps",
     )
-    eval_fraction: float = _option(
-        0.2,
+    eval_split: str | None = _option(
+        None,
+        "evaluate on this split of the data set; default for other data sets than the recipe's: "
+        "validation, if there is one and neither --eval-file nor --eval-fraction is named",
+    )
+    eval_fraction: float | None = _option(
+        HELD_OUT,
         "share of the documents to hold out for evaluation; 0: no evaluation",
         at_least=0,
         below=1,
@@ -225,6 +241,8 @@ class TrainConfig:
             raise UserError("--model bundled has no weights to start from: use --init scratch")
         if not self.train_file and self.dataset is None:
             raise UserError("there is nothing to train on: name a --dataset or a --train-file")
+        if self.eval_split is not None and (self.train_file or self.dataset == BUNDLED):
+            raise UserError("--eval-split names a split of a --dataset: use --eval-file")
         if self.streaming:
             self._check_streaming()
 
@@ -244,8 +262,8 @@ def _flag(name: str) -> str:
 def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
     flag = _flag(name)
     # argparse checks the types of flags, but run.json may have been edited.
-    if kind is float:
-        kind = int | float
+    if kind in (float, float | None):
+        kind = int | kind
     elif get_origin(kind) is tuple:  # isinstance knows tuple, but not tuple[str, ...]
         kind = tuple
     if not isinstance(value, kind):
@@ -314,8 +332,10 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     """
     if "dataset" in given and "train_file" in given:
         raise UserError("--dataset and --train-file contradict each other: name one")
-    if "eval_file" in given and "eval_fraction" in given:
-        raise UserError("--eval-file and --eval-fraction contradict each other: name one")
+    evaluated = [name for name in ("eval_file", "eval_split", "eval_fraction") if name in given]
+    if len(evaluated) > 1:
+        flags = " and ".join(map(_flag, evaluated))
+        raise UserError(f"{flags} contradict each other: name one")
     implied: dict[str, Any] = {}
     if given.get("model", BUNDLED) != BUNDLED:
         implied["init"] = "pretrained"
@@ -323,6 +343,10 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     if "train_file" in given or given.get("dataset", own_dataset) != own_dataset:
         column = "answers.text" if given.get("dataset") == BUNDLED else None
         implied |= {"dataset": None, "split": "train", "text_column": column, "watch": ()}
+        if given.get("dataset", BUNDLED) != BUNDLED:
+            implied["eval_fraction"] = None  # load_documents looks for a validation split
+    if "eval_split" in given:
+        implied["eval_fraction"] = None
     if given.get("streaming"):
         implied |= {"eval_fraction": 0.0, "grouping": "blocks", "split": "train"}
     return replace(RECIPES[recipe], **{**implied, **given})

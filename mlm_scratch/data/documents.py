@@ -11,8 +11,9 @@ from typing import Any
 
 import datasets
 from datasets.distributed import split_dataset_by_node
+from huggingface_hub import resolve_revision
 
-from mlm_scratch.config import BUNDLED, TrainConfig
+from mlm_scratch.config import BUNDLED, HELD_OUT, TrainConfig
 from mlm_scratch.data import corpus
 from mlm_scratch.data.files import (
     SAMPLE,
@@ -27,6 +28,8 @@ from mlm_scratch.data.files import (
 )
 from mlm_scratch.util.errors import UserError, shortened
 
+VALIDATION = "validation"  # `datasets` calls a split so whose files are named dev, val or valid
+COMMIT = "[0-9a-f]{40}"
 TEXTS_PER_BATCH = 1000  # documents read, and passed to the tokenizer, at once
 
 
@@ -43,6 +46,7 @@ class Documents:
             `datasets` would fix the types of all columns by the first file: a list that is empty
             there would have to be empty everywhere.
         version: the commit, or a digest of the contents, that was loaded.
+        held_out: whether it is a part of the training text that is not trained on.
     """
 
     rows: Rows
@@ -50,6 +54,7 @@ class Documents:
     source: str
     json_lines: bool = False
     version: str = ""
+    held_out: bool = False
     path: list[str] = field(default_factory=list)  # to the text in a row; empty: find it
 
     def __post_init__(self) -> None:
@@ -85,6 +90,11 @@ class Documents:
                 if _has_path(row, path := self.column.split(".")):
                     return path
         raise no_column(self.source, self.column or "text", [*names])
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the Hub that was loaded; None for what is local."""
+        return self.version if re.fullmatch(COMMIT, self.version) else None
 
     @property
     def label(self) -> str:
@@ -204,18 +214,23 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
 
     if config.eval_file:
         return documents, _documents_of(config.eval_file, config.text_column, "train", False)
-    if config.eval_fraction == 0:
+    if (evaluation := _evaluation_split(config)) is not None:
+        return documents, evaluation
+    fraction = HELD_OUT if config.eval_fraction is None else config.eval_fraction
+    if fraction == 0:
         return documents, None
     if len(rows) < 2:
         raise UserError(
             f"{source} has one document, so none can be held out: use --eval-fraction 0 or "
             "--eval-file"
         )
-    test_size = max(1, int(len(rows) * config.eval_fraction))
+    test_size = max(1, int(len(rows) * fraction))
     parts = rows.train_test_split(test_size=test_size, seed=config.seed)
     return (
         replace(documents, rows=parts["train"]),
-        replace(documents, rows=parts["test"], source=f"the held-out part of {source}"),
+        replace(
+            documents, rows=parts["test"], source=f"the held-out part of {source}", held_out=True
+        ),
     )
 
 
@@ -234,6 +249,24 @@ def _load_training_documents(config: TrainConfig) -> Documents:
     return Documents(rows, config.text_column, source, version=version)
 
 
+def _evaluation_split(config: TrainConfig) -> Documents | None:
+    """Load the split of the data set that is to be evaluated on; None if it has no such split."""
+    if config.dataset in (None, BUNDLED) or config.train_file:
+        return None
+    if config.eval_split is None and config.eval_fraction is not None:
+        return None
+    split = config.eval_split or VALIDATION
+    source = f"the split {split} of data set {config.dataset}"
+    with errors_of(source):
+        try:
+            rows, version = _load_dataset(replace(config, split=split, streaming=False))
+        except ValueError as error:
+            if config.eval_split is None and f'Unknown split "{split}"' in str(error):
+                return None
+            raise
+    return Documents(rows, config.text_column, source, version=version)
+
+
 def _documents_of(
     paths: tuple[str, ...], column: str | None, split: str, streaming: bool
 ) -> Documents:
@@ -249,8 +282,15 @@ def _load_dataset(config: TrainConfig) -> tuple[Rows, str]:
     directory = Path(config.dataset)
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     if not directory.is_dir():
-        rows = datasets.load_dataset(config.dataset, config.dataset_config, **options)
-        return rows, _commit_of(rows, config.dataset)
+        revision = config.dataset_commit or config.dataset_revision or config.revision
+        if config.streaming:  # its rows do not say which commit they are from
+            revision = resolve_revision(
+                config.dataset, revision=revision, repo_type="dataset"
+            ).resolved
+        rows = datasets.load_dataset(
+            config.dataset, config.dataset_config, revision=revision, **options
+        )
+        return rows, str(revision) if config.streaming else _commit_of(rows, config.dataset)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     version = "" if config.streaming else contents_key("directory", files)
     if (directory / "state.json").is_file():  # written by Dataset.save_to_disk
@@ -263,15 +303,13 @@ def _load_dataset(config: TrainConfig) -> tuple[Rows, str]:
 
 
 def _commit_of(rows: Rows, name: str) -> str:
-    """Return the commit of the Hub that a data set was loaded from; "" if only a stream knows.
+    """Return the commit of the Hub that a data set was loaded from.
 
     Without the Hub, `datasets` takes whatever was cached last under this name. From the Hub, that
     lies in a directory named by its commit; from a local directory of the same name, it does not.
     """
-    if isinstance(rows, datasets.IterableDataset):
-        return ""
     names = {Path(file["filename"]).parent.name for file in rows.cache_files}
-    if any(re.fullmatch("[0-9a-f]{40}", name) is None for name in names):
+    if any(re.fullmatch(COMMIT, name) is None for name in names):
         raise UserError(
             f"data set {name} is not cached, and the Hub does not answer (what is cached under "
             "this name comes from a local directory)"

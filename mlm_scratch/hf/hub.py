@@ -85,6 +85,22 @@ def _request(hub: "HfApi", model: str, timeout: float, answers: list[object]) ->
         return
 
 
+def model_commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model on the Hub, or in its cache; None for other models.
+
+    None, too, for a revision that cannot be found: loading it reports that.
+    """
+    from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
+
+    if name == BUNDLED or os.path.exists(name):
+        return None
+    try:
+        return resolve_revision(name, revision=revision).resolved
+    except (HfHubHTTPError, RevisionResolutionError, ValueError, OSError):
+        return None
+
+
 def go_offline() -> None:
     """Keep this process and its children from contacting the Hub from now on.
 

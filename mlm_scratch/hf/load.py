@@ -41,7 +41,9 @@ def load_tokenizer_and_model(
         tokenizer = train_tokenizer(texts)
         model = AutoModelForMaskedLM.from_config(small_modernbert_config(tokenizer))
     else:
-        tokenizer, model = load_tokenizer(config.model), load_model(config.model, config.init)
+        revision = config.model_commit or config.revision
+        tokenizer = load_tokenizer(config.model, revision)
+        model = load_model(config.model, config.init, revision=revision)
     check_fit(tokenizer, model, config.model)
     if model.config.is_encoder_decoder:  # it would learn to reproduce its input
         raise UserError(f"{config.model} has a decoder: choose an encoder-only model")
@@ -54,11 +56,11 @@ def load_tokenizer_and_model(
     return tokenizer, model.train()
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a Hub id or directory. Raises UserError."""
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hub id, at a commit or tag, or of a directory. Raises UserError."""
     set_verbosity_error()  # what is wrong is reported below, in one line
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
     except Exception as error:  # the libraries raise a dozen types; the message says which
         raise UserError(_cannot_load("tokenizer", name, error)) from error
     tokenizer.chat_template = None  # unused, and it would be saved under names that it brings along
@@ -66,7 +68,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    name: str | Path, init: str = "pretrained", dtype: torch.dtype | str = torch.float32
+    name: str | Path,
+    init: str = "pretrained",
+    dtype: torch.dtype | str = torch.float32,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load the masked-LM of a Hub id or directory, or build it with random weights in fp32.
 
@@ -74,6 +79,7 @@ def load_model(
         name: a Hub id or a directory.
         init: "pretrained"; "new-head" if only the head has no weights; or "scratch".
         dtype: dtype of the weights; "auto" keeps the one that they were saved in.
+        revision: commit, tag or branch on the Hub; None: its main branch.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing that would silently start at random.
@@ -81,7 +87,9 @@ def load_model(
     set_verbosity_error()  # no report beside ours
     try:
         if init == "scratch":
-            model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            model_config = AutoConfig.from_pretrained(
+                name, trust_remote_code=False, revision=revision
+            )
             return AutoModelForMaskedLM.from_config(model_config, dtype=torch.float32)
         model, info = AutoModelForMaskedLM.from_pretrained(
             name,
@@ -89,6 +97,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below
             trust_remote_code=False,
+            revision=revision,
         )
     except Exception as error:
         raise UserError(_cannot_load("model", name, error)) from error

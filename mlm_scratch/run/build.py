@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from mlm_scratch.hf.checks import (
     sparse_head_works,
     unused_parameters,
 )
+from mlm_scratch.hf.hub import model_commit
 from mlm_scratch.hf.load import load_tokenizer_and_model
 from mlm_scratch.hf.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.loader import Collator, Loader
@@ -50,10 +51,12 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     """
     precision = choose_precision(config.device, config.precision)
     with ranks.rank0_first():
-        tokenizer, hf_model, rows, eval_rows, sources = load(config, checkpoint, ranks)
+        loaded = load(config, checkpoint, ranks)
+    tokenizer, hf_model, rows = loaded.tokenizer, loaded.hf_model, loaded.rows
     watched = read_watched(config.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
+    config = loaded.config
     model = adapt(hf_model, config, ranks)
     why = ""
     if config.precision == "auto" and precision.device.type == "cpu":
@@ -62,7 +65,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         config = replace(config, precision=faster)  # noted in run.json: a resume keeps to it
         precision = choose_precision(config.device, config.precision)
     print(
-        f"model: {type(hf_model).__name__} ({config.model}, {config.init}), "
+        f"model: {type(hf_model).__name__} ({config.model}{_at(config)}, {config.init}), "
         f"{hf_model.num_parameters():,} parameters, on {precision}{why}, "
         f"{what_was_found(model, config)}"
     )
@@ -86,7 +89,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         model,
         ddp_model=model,
         loader=loader,
-        eval_rows=eval_rows,
+        eval_rows=loaded.eval_rows,
         total_steps=total_steps,
         optimizer=optimizer,
         scheduler=build_schedule(optimizer, rate_schedule(config, total_steps)),
@@ -94,7 +97,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         losses=LossMeter(precision.device, config.log_every, ranks),
         vocabulary=vocabulary,
         saver=Saver(in_background=precision.device.type != "cpu"),
-        sources=sources,
+        sources=loaded.sources,
         watched=watched,
     )
     torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
@@ -108,17 +111,22 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     return t
 
 
-def load(
-    config: TrainConfig, checkpoint: Path | None, ranks: Ranks
-) -> tuple[
-    PreTrainedTokenizerBase,
-    PreTrainedModel,
-    TokenRows | ShardedStream,
-    TokenRows | None,
-    dict[str, str],
-]:
-    """Load tokenizer, model, the rows to train on and to evaluate on; print and name the text."""
+class Loaded(NamedTuple):
+    """What comes from the disk or the Hub."""
+
+    tokenizer: PreTrainedTokenizerBase
+    hf_model: PreTrainedModel
+    rows: TokenRows | ShardedStream
+    eval_rows: TokenRows | None
+    sources: dict[str, str]  # what is read for training and evaluation, with its version
+    config: TrainConfig  # with the commits that the Hub had: a resume loads the same
+
+
+def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
+    """Load tokenizer, model, the rows to train on and to evaluate on; print what is read."""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
+    if checkpoint is None and config.model_commit is None:
+        config = replace(config, model_commit=model_commit(config.model, config.revision))
     documents, eval_documents = load_documents(config)
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
     texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
@@ -137,11 +145,20 @@ def load(
             f"{len(rows):,} rows of up to {config.block_size}"
         )
     eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    print(f"text: {text}" + (f", {len(eval_rows):,} held out" if eval_rows else ""))
     sources = {"training": documents.label}
-    if eval_documents is not None:
+    if eval_documents is not None and eval_rows is not None:
         sources["evaluation"] = eval_documents.label
-    return tokenizer, hf_model, rows, eval_rows, sources
+        where = "held out" if eval_documents.held_out else f"to evaluate on: {eval_documents.label}"
+        text += f", {len(eval_rows):,} {where}"
+    print(f"text: {text}")
+    config = replace(config, dataset_commit=documents.commit)
+    if config.revision and not (config.model_commit or config.dataset_commit):
+        raise UserError("--revision: neither the model nor the data set is from the Hub")
+    return Loaded(tokenizer, hf_model, rows, eval_rows, sources, config)
+
+
+def _at(config: TrainConfig) -> str:
+    return f" at {config.model_commit[:12]}" if config.model_commit else ""
 
 
 def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> MaskedLM:

@@ -3,8 +3,10 @@
 import csv
 import gzip
 import json
+import shutil
 from dataclasses import replace
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -154,3 +156,58 @@ def test_a_missing_inner_column_is_reported(tmp_path):
     path.write_text(json.dumps({"answers": {"text": ["a"]}}))
     with pytest.raises(UserError, match=r"no column 'answers.body'; it has answers"):
         load_documents(text_config(path, text_column="answers.body"))
+
+
+# ---- Which text is evaluated on ------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_splits(tmp_path):
+    """A data set with three splits, as files and as written by save_to_disk."""
+    splits = {"train": SENTENCES, "validation": ["valid"] * 2, "test": ["tested"] * 3}
+    for name, texts in splits.items():
+        (tmp_path / "files").mkdir(exist_ok=True)
+        write_text(tmp_path / f"files/{name}.txt", texts)
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in splits.items()}
+    ).save_to_disk(tmp_path / "saved")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["files", "saved"])
+def test_a_data_set_has_its_own_text_to_evaluate_on(with_splits, name):
+    """Unless another is named."""
+
+    def texts(**given):
+        given |= {"dataset": str(with_splits / name)}
+        train, evaluation = load_documents(resolve("tutorial", given))
+        return list(train), evaluation and list(evaluation), evaluation and evaluation.held_out
+
+    assert texts() == (SENTENCES, ["valid"] * 2, False)
+    assert texts(eval_split="test") == (SENTENCES, ["tested"] * 3, False)
+    assert texts(eval_split="test[:1]") == (SENTENCES, ["tested"], False)
+    assert texts(eval_fraction=0.0) == (SENTENCES, None, None)
+    train, held_out, is_held_out = texts(eval_fraction=0.5)
+    assert sorted(train + held_out) == sorted(SENTENCES) and is_held_out
+    streamed = {"streaming": True, "max_steps": 1}
+    assert texts(**streamed) == (SENTENCES, None, None)
+    assert texts(**streamed, eval_split="test") == (SENTENCES, ["tested"] * 3, False)
+    with pytest.raises(UserError, match='Unknown split "other"'):
+        texts(eval_split="other")
+    (with_splits / "files/validation.txt").unlink()
+    shutil.rmtree(with_splits / "saved/validation")
+    (with_splits / "saved/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    train, held_out, is_held_out = texts()
+    assert sorted(train + held_out) == sorted(SENTENCES) and is_held_out and len(held_out) == 1
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"eval_split": "test"}, "--eval-split names a split of a --dataset"),
+        ({"eval_split": "a", "eval_fraction": 0.1}, "--eval-split and --eval-fraction contradict"),
+    ],
+)
+def test_what_to_evaluate_on_is_named_once(tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        resolve("tutorial", {"train_file": ("a.txt",), **given})

@@ -92,14 +92,68 @@ def test_the_tutorial_runs_completely_against_the_hub(hub, home):
     assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
     changed = {"output_dir": "runs/tutorial", "precision": "fp32"}  # found: the model is tiny
+    changed["model_commit"] = hub.repository("models", TUTORIAL.model).sha
+    changed["dataset_commit"] = hub.repository("datasets", TUTORIAL.dataset).sha
     assert config == json.loads(json.dumps(vars(TUTORIAL))) | changed
     commit = r"48 documents of data set dany0407/eli5_category \(version [0-9a-f]{12}\), "
     assert re.search(commit, run.stdout)
     lines = read_metrics(Path("runs/tutorial"))
-    assert [line["epoch"] for line in lines if "eval_loss" in line] == [1.0, 2.0]
+    assert [line["epoch"] for line in lines if "eval_loss" in line] == [0.0, 1.0, 2.0]
     assert [line["step"] for line in lines if "loss" in line][:2] == [10, 20]
     fills = call(os.environ, MILKY_WAY, "--json", script="infer.py")
     assert len(json.loads(fills.stdout)) == 5
+
+
+@pytest.mark.slow
+def test_a_revision_is_pinned_and_a_resume_loads_what_the_run_was_begun_with(tmp_path):
+    """A tag, and later a commit of main that is no longer the newest one."""
+    torch.manual_seed(1)
+    save_roberta(tmp_path / "model", max_position_embeddings=130 + 2)
+    hub = StandInHub()
+    for number, rows in enumerate((60, 40)):  # two commits of each
+        (tmp_path / f"data{number}").mkdir()
+        path = tmp_path / f"data{number}/train.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(questions(rows)), path)
+        (tmp_path / "model" / "number").write_text(str(number))
+        tag = "v1" if number == 0 else None
+        commits = [
+            hub.push("models", "user/model", tmp_path / "model", tag),
+            hub.push("datasets", "user/data", tmp_path / f"data{number}", tag),
+        ]
+        if number == 0:
+            first = commits
+    flags = ["--model", "user/model", "--dataset", "user/data", "--text-column", "answers.text"]
+    flags += ["--max-steps", "2", "--device", "cpu", "--precision", "fp32"]
+
+    def commits_of(run):
+        config = json.loads(Path(run, "run.json").read_text())["config"]
+        return [config["model_commit"], config["dataset_commit"]]
+
+    with hub:
+        environment = hub.environment(tmp_path / "home")
+        for name, revision in (("tag", ["--revision", "v1"]), ("newest", [])):
+            run = call(environment, *flags, *revision, "--output-dir", name)
+            assert run.returncode == 0, run.stderr
+            assert commits_of(name) == (first if revision else commits)
+            documents, commit = (48, first) if revision else (32, commits)
+            assert (
+                f"text: {documents} documents of data set user/data (version {commit[1][:12]})"
+                in run.stdout
+            )
+            assert f"(user/model at {commit[0][:12]}, pretrained)" in run.stdout
+        hub.push("datasets", "user/data", tmp_path / "data0")  # main moves on
+        resumed = call(environment, "--resume", "--output-dir", "newest", "--max-steps", "4")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "text: 32 documents" in resumed.stdout and commits_of("newest") == commits
+        stream = [*flags, "--streaming", "--revision", "v1", "--output-dir", "stream"]
+        run = call(environment, *stream)
+        assert run.returncode == 0, run.stderr
+        assert commits_of("stream") == first
+        unknown = call(environment, *flags, "--revision", "v9")
+        assert unknown.returncode == 2 and len(unknown.stderr.splitlines()) == 1
+        mixed = call(environment, *flags, "--revision", first[0], "--dataset-revision", commits[1])
+        assert mixed.returncode == 0, mixed.stderr
+        assert commits_of("runs/tutorial") == [first[0], commits[1]]
 
 
 @pytest.mark.slow

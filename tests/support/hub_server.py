@@ -7,8 +7,8 @@ It serves local directories as repositories to the real clients: `huggingface_hu
         subprocess.run([...], env=hub.environment(cache_dir))
         print(hub.requests)
 
-A repository has one branch, `main`, with one commit: the content of the directory when the
-stand-in was made. Only what the loading functions request is served:
+A repository has one branch, `main`. Its first commit is the content of the directory when the
+stand-in was made; `push` adds another. Only what the loading functions request is served:
 
     HEAD, GET  [/datasets]/<id>/resolve/<revision>/<path>             a file
     GET        /api/{models,datasets}/<id>[/revision/<revision>]      metadata of the repository
@@ -61,11 +61,6 @@ class Repository:
             parent.as_posix() for path in self.files for parent in PurePosixPath(path).parents
         } - {"."}
 
-    def check_revision(self, revision: str) -> None:
-        """Reject every revision but `main` and the commit itself."""
-        if revision not in ("main", self.sha):
-            raise HubError("RevisionNotFound", "Revision not found")
-
     def info(self) -> dict:
         """Return the metadata of a model or a data set."""
         return {
@@ -107,11 +102,10 @@ class StandInHub:
     def __init__(
         self, models: dict[str, Path] | None = None, datasets: dict[str, Path] | None = None
     ):
-        self.repositories = {
-            (kind, repo_id): Repository(repo_id, directory)
-            for kind, group in (("models", models), ("datasets", datasets))
-            for repo_id, directory in (group or {}).items()
-        }
+        self.repositories: dict[tuple[str, str], dict[str, Repository]] = {}  # by revision
+        for kind, group in (("models", models), ("datasets", datasets)):
+            for repo_id, directory in (group or {}).items():
+                self.push(kind, repo_id, directory)
         self.requests: list[str] = []  # "METHOD /path", in the order of arrival
         self.url = ""
 
@@ -126,12 +120,21 @@ class StandInHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def repository(self, kind: str, repo_id: str) -> Repository:
-        """Return the repository of this name, or raise the Hub's error for an unknown one."""
-        try:
-            return self.repositories[kind, repo_id]
-        except KeyError:
-            raise HubError("RepoNotFound", "Repository not found") from None
+    def push(self, kind: str, repo_id: str, directory: Path, tag: str | None = None) -> str:
+        """Make the content of a directory the newest commit of a repository; return its name."""
+        commit = Repository(repo_id, directory)
+        names = ["main", commit.sha] + ([tag] if tag else [])
+        self.repositories.setdefault((kind, repo_id), {}).update(dict.fromkeys(names, commit))
+        return commit.sha
+
+    def repository(self, kind: str, repo_id: str, revision: str = "main") -> Repository:
+        """Return a commit of a repository, or raise the Hub's error for an unknown one."""
+        if (kind, repo_id) not in self.repositories:
+            raise HubError("RepoNotFound", "Repository not found")
+        revisions = self.repositories[kind, repo_id]
+        if revision not in revisions:
+            raise HubError("RevisionNotFound", "Revision not found")
+        return revisions[revision]
 
     def environment(self, hf_home: Path, *, offline: bool = False) -> dict[str, str]:
         """Return an environment in which a client sees this server and one cache, nothing else.
@@ -170,8 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         self, kind: str | None, repo_id: str, revision: str, path: str
     ) -> None:
         """Send a file."""
-        repository = self.server.hub.repository(kind or "models", repo_id)
-        repository.check_revision(revision)
+        repository = self.server.hub.repository(kind or "models", repo_id, revision)
         entry = repository.entry(path)
         if entry["type"] != "file":
             raise HubError("EntryNotFound", "Not a file")
@@ -188,8 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         query: dict[str, list[str]],
     ) -> None:
         """Send metadata."""
-        repository = self.server.hub.repository(kind, repo_id)
-        repository.check_revision(revision or "main")
+        repository = self.server.hub.repository(kind, repo_id, revision or "main")
         if what == "tree":
             answer = repository.tree(path or "", recursive=query.get("recursive") == ["true"])
         else:
