@@ -29,6 +29,8 @@ def main() -> None:
     for name in ("train_file", "eval_file"):
         if name in given:  # absolute, since a run may be resumed from another directory
             given[name] = tuple(map(os.path.abspath, given[name]))
+    if "add_tokens" in given:
+        given["add_tokens"] = os.path.abspath(given["add_tokens"])
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
     if resume:
@@ -104,8 +106,8 @@ def _argument(option: dataclasses.Field, kind: type) -> dict:
     if kind == float | str:
         return arguments | {"type": share, "metavar": "X"}
     kind = next(part for part in (*typing.get_args(kind), kind) if part is not type(None))
-    metavar = "ID_OR_DIR" if option.name == "model" else None
-    return arguments | {"type": kind, "metavar": metavar or {int: "N", float: "X"}.get(kind)}
+    metavar = option.metadata.get("metavar", {int: "N", float: "X"}.get(kind))
+    return arguments | {"type": kind, "metavar": metavar}
 
 
 def steps(text: str) -> float:

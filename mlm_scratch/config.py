@@ -44,12 +44,19 @@ class TrainConfig:
         "distilbert/distilroberta-base",
         f"model to train: a Hub id, a directory, or {BUNDLED!r}: a small ModernBERT with a "
         "tokenizer trained on the text",
+        metavar="ID_OR_DIR",
     )
     init: str = _option(
         "pretrained",
         "start from the pretrained weights; from those and a random LM head, where they have none "
         "(new-head); or from random weights of the same shape (scratch)",
         choices=("pretrained", "new-head", "scratch"),
+    )
+    add_tokens: str | None = _option(
+        None,
+        "file with a new word per line: each becomes a token, which starts as the mean of the "
+        "pieces that it had before",
+        metavar="PATH",
     )
     # ---- The text
     dataset: str | None = _option(

@@ -16,6 +16,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from mlm_scratch.config import BUNDLED, TrainConfig
 from mlm_scratch.hf.checks import check_fit, longest_input
+from mlm_scratch.hf.new_words import add_words, read_words
 from mlm_scratch.hf.small_modernbert import small_modernbert_config, train_tokenizer
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import MODEL, RUN_JSON
@@ -45,6 +46,8 @@ def load_tokenizer_and_model(
         tokenizer = load_tokenizer(config.model, revision)
         model = load_model(config.model, config.init, revision=revision)
     check_fit(tokenizer, model, config.model)
+    if config.add_tokens is not None and checkpoint is None:
+        tokenizer = add_words(tokenizer, model, read_words(config.add_tokens))
     if model.config.is_encoder_decoder:  # it would learn to reproduce its input
         raise UserError(f"{config.model} has a decoder: choose an encoder-only model")
     limit = longest_input(tokenizer, model)
