@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mlm_scratch.loader import Step
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.run.flops import Utilization
-from mlm_scratch.run.watch import short, watched_line
+from mlm_scratch.run.watch import watched_line
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.progress import progress_bar
 
@@ -136,8 +136,13 @@ class NoReport:
     def sync(self) -> None:
         """Flush all lines so far to the disk: a checkpoint must not outlive them."""
 
-    def summarize(self, final_step: int) -> None:
-        """Print a line about the whole run, once it is finished."""
+    def results(self, final_step: int) -> dict[str, Any]:
+        """Return the final numbers."""
+        return {}
+
+    def summary(self, results: dict[str, Any]) -> str:
+        """Say them in a line."""
+        return ""
 
 
 class Report(NoReport):
@@ -231,20 +236,32 @@ class Report(NoReport):
         """Call fsync on metrics.jsonl."""
         os.fsync(self.metrics.fileno())
 
-    def summarize(self, final_step: int) -> None:
-        """Print steps, time and speed of this process, and what evaluation and fills came from."""
-        duration = tqdm.format_interval(self.whole.seconds())
-        line = f"{self.whole.steps:,} steps in {duration}, {self.whole} with evaluations"
+    def results(self, final_step: int) -> dict[str, Any]:
+        """Return the final numbers: those of the first evaluation and of the one of `final_step`.
+
+        Time and speed are those of this process.
+        """
         lines = read_metrics(Path(self.metrics.name).parent)
-        before, after = before_and_after(lines, "perplexity", final_step)
-        if before != after:
+        losses = [line["loss"] for line in lines if "loss" in line]
+        evaluated = [line for line in evaluations(lines) if line["step"] <= final_step]
+        return {
+            "step": final_step,
+            "before": evaluated[0] if evaluated else {},
+            "after": evaluated[-1] if evaluated else {},
+            "training_loss": losses[-1] if losses else None,
+            "steps": self.whole.steps,
+            "seconds": self.whole.seconds(),
+            **self.whole.speed(),
+        }
+
+    def summary(self, results: dict[str, Any]) -> str:
+        """Say steps, time and speed of this process, and what the perplexity came from."""
+        duration = tqdm.format_interval(results["seconds"])
+        line = f"{results['steps']:,} steps in {duration}, {self.whole} with evaluations"
+        before, after = results["before"], results["after"]
+        if "perplexity" in after and before["step"] < after["step"]:
             line += f"; perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f}"
-        print(line)
-        before, after = before_and_after(lines, "watch", final_step)
-        if before != after:
-            print(f"fills after {before['step']:,} steps, and after {after['step']:,}:")
-            for first, last in zip(before["watch"], after["watch"], strict=True):
-                print(f"{watched_line(first)}  ->  {short(last)}")
+        return line
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, "epoch": epoch_of(step, self.steps_per_epoch), **values}
@@ -292,12 +309,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def before_and_after(
-    lines: list[dict[str, Any]], name: str, final_step: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the first line with `name` and the last one up to a step; empty if there is none."""
-    having = [line for line in lines if name in line and line["step"] <= final_step]
-    return (having[0], having[-1]) if having else ({}, {})
+def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each evaluation with its fills, which have a line of their own, in the order made."""
+    merged: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if line.keys() & {"eval_loss", "watch"}:
+            merged[line["step"]] = merged.get(line["step"], {}) | line
+    return [*merged.values()]
 
 
 def lowest(losses: dict[int, float]) -> int | None:

@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,12 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.hf.checks import weights_are_finite
-from mlm_scratch.hf.load import load_model
 from mlm_scratch.loop import run_steps
 from mlm_scratch.parallel.ranks import Ranks, all_ranks
 from mlm_scratch.run.build import prepare
-from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.directory import (
     check_output_dir,
     claim,
@@ -26,15 +22,16 @@ from mlm_scratch.run.directory import (
     run_of_launch,
     write_run_json,
 )
+from mlm_scratch.run.ending import leave_behind
 from mlm_scratch.run.first_row import first_row_lines
 from mlm_scratch.run.flops import Utilization
 from mlm_scratch.run.memory import out_of_memory_means
-from mlm_scratch.run.metrics import NoReport, Report, draw_losses, lowest
+from mlm_scratch.run.metrics import NoReport, Report, draw_losses
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.runs import LATEST, MODEL, find_fault, newest_valid_checkpoint, step_of
+from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -76,48 +73,8 @@ class Run:
         if self.stop.agreed:
             print(f"stopped; go on with: {_resume_command(t.run_dir)}", flush=True)
             raise SystemExit(128 + self.stop.agreed)
-        if not t.ranks.is_first:
-            return
-        if t.steps_done < t.total_steps:
-            print(
-                f"step {t.steps_done} of {t.total_steps} was the last: no lower evaluation loss in "
-                f"{t.config.patience} evaluations"
-            )
-        if nonfinite := t.losses.nonfinite.item():
-            print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
-        self.report.summarize(self._save_final_model())
-
-    def _save_final_model(self) -> int:
-        """Write model/. Returns the steps done when it was as it is there."""
-        t = self.training
-        best = _best_checkpoint(t) if t.config.best else None
-        if best is not None and step_of(best) < t.steps_done:
-            loss = t.evaluations[step_of(best)]
-            print(f"model/ is that of {best.name}: the lowest evaluation loss, {loss:.4f}")
-            hf_model = load_model(best)
-            save_model(t.run_dir / MODEL, hf_model, hf_model.state_dict(), t.tokenizer)
-            return step_of(best)
-        if not weights_are_finite(t.hf_model):
-            raise UserError(
-                f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
-                "save; begin a new run with a lower --lr or --weight-decay"
-            )
-        weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
-        save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
-        return t.steps_done
-
-
-def _best_checkpoint(t: Training) -> Path | None:
-    """Return the intact checkpoint with the lowest evaluation loss; warn if a better one is not."""
-    losses = dict(t.evaluations)
-    while (step := lowest(losses)) is not None:
-        checkpoint = t.run_dir / f"checkpoint-{step}"
-        fault = find_fault(checkpoint) if checkpoint.is_dir() else "it is missing"
-        if fault is None:
-            return checkpoint
-        print(f"warning: {checkpoint.name}, the best, is damaged ({fault})", file=sys.stderr)
-        del losses[step]
-    return None
+        if t.ranks.is_first:
+            leave_behind(t, self.report)
 
 
 @contextmanager
