@@ -50,9 +50,9 @@ def main() -> None:
     run_dir = train(config, resume=resume)
     print(f"picture of the loss: {run_dir / 'loss.png'}; final numbers: {run_dir / 'results.json'}")
     print(f"all curves: tensorboard --logdir {run_dir / 'logs'}")
+    print(f"share it, with its model card: hf upload YOUR_NAME/{run_dir.name} {run_dir / MODEL}")
     print(f"model: {run_dir / MODEL}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
-    print(f"share it, with its model card: hf upload YOUR_NAME/{run_dir.name} {run_dir / MODEL}")
     if config.dataset == BUNDLED and this_launch().is_first:
         from mlm_scratch.inference.unseen import unseen_lines
 

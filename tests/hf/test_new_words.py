@@ -140,17 +140,18 @@ def test_another_kind_of_tokenizer_is_refused():
         add_words(tokenizer, BertForMaskedLM(bert_config()), ["chloroplasts"])
 
 
-def test_a_run_with_new_words_trains_saves_and_resumes(files, capsys):
+def test_a_run_with_new_words_trains_saves_and_resumes(files, tmp_path):
     """With whole words masked: the new word is one."""
-    write_text(files / "words.txt", ["chloroplasts", "", "chloroplasts", "mitochondria"])
-    texts = [f"{i} The chloroplasts and mitochondria of a plant" for i in range(20)]
-    write_text(files / "a.txt", texts)
-    settings = {"add_tokens": str(files / "words.txt"), "whole_word": True, "max_steps": 4}
+    words, text = tmp_path / "words.txt", tmp_path / "plants.txt"
+    write_text(words, ["chloroplasts", "", "chloroplasts", "mitochondria"])
+    write_text(text, [f"{i} The chloroplasts and mitochondria of a plant" for i in range(20)])
+    settings = {"add_tokens": str(words), "train_file": (str(text),)}
+    settings |= {"whole_word": True, "max_steps": 4}
     t = prepare(small_config(files, **settings))
     tokens = set(t.tokenizer.convert_ids_to_tokens(t.loader.rows.tokens))
     assert {"Ġchloroplasts", "Ġmitochondria"} <= tokens and len(t.tokenizer) == 324
     run_dir = train(small_config(files, **settings))
-    (files / "words.txt").unlink()  # it is not read again
+    words.unlink()  # it is not read again
     train(resumed_config(run_dir, {"max_steps": 6}), resume=True)
     model, tokenizer = load_model(run_dir / "model"), load_tokenizer(run_dir / "model")
     assert model.config.vocab_size == len(tokenizer) == 324
@@ -160,8 +161,8 @@ def test_a_run_with_new_words_trains_saves_and_resumes(files, capsys):
 @pytest.mark.parametrize(
     "content, message", [(None, "cannot read"), ("\n \n", "has no words"), (b"\xff\xfe", "cannot")]
 )
-def test_a_file_without_words_is_reported(files, content, message):
-    path = files / "words.txt"
+def test_a_file_without_words_is_reported(files, tmp_path, content, message):
+    path = tmp_path / "words.txt"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=f"--add-tokens: .*{message}"):
