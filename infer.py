@@ -4,6 +4,8 @@ python infer.py "The Milky Way is a <mask> galaxy."
 python infer.py --top-k 3 --json < texts.txt
 python infer.py --joint "The capital of <mask> is <mask>."
 python infer.py --score "The Milky Way is a spiral galaxy."
+python infer.py --pairs pairs.tsv
+python infer.py --generate 12 "The Milky Way"
 """
 
 import argparse
@@ -17,13 +19,8 @@ from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 def main() -> None:
     """Parse, load, check all texts, then fill or score each and print."""
     arguments = parse_arguments()
-    texts = arguments.texts or read_texts()
-    if arguments.targets and arguments.kind in ("joint", "score"):
-        raise UserError("--targets goes with neither --joint nor --score: leave it out")
-    if not texts and arguments.targets:
-        raise UserError('no text: put it before --targets, or after them and a "--"')
-    if not texts:
-        raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
+    texts = [] if arguments.pairs else arguments.texts or read_texts()
+    check_arguments(arguments, texts)
     model_name = newest_model() if arguments.model is None else arguments.model
     go_offline_without_hub(str(model_name))
 
@@ -33,16 +30,28 @@ def main() -> None:
     from mlm_scratch.hf.checks import check_fit
     from mlm_scratch.hf.encode import use_own_mask
     from mlm_scratch.hf.load import load_model, load_tokenizer
+    from mlm_scratch.inference import pairs
+    from mlm_scratch.inference.generate import generate
     from mlm_scratch.inference.output import Output
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    read = pairs.read_pairs(arguments.pairs) if arguments.pairs else []
     device = choose_precision(arguments.device, "fp32").device
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, dtype="auto").eval().to(device)
     check_fit(tokenizer, model, model_name)
+    if read:
+        right = pairs.judge(model, tokenizer, read, arguments.score_method)
+        print(*pairs.lines_of(right), sep="\n")
+        return
     texts = [use_own_mask(tokenizer, text) for text in texts]
+    if arguments.generate:
+        for text in texts or [""]:
+            for line in generate(model, tokenizer, text, arguments.generate, arguments.remask):
+                print(line, flush=True)
+        return
     output = Output(
         model,
         tokenizer,
@@ -50,10 +59,29 @@ def main() -> None:
         top_k=arguments.top_k,
         targets=arguments.targets,
         truncate=arguments.truncate,
+        score_method=arguments.score_method,
         with_steps=bool(arguments.texts),
     )
     output.check(texts)  # all of them, before anything is printed
     output.show(texts)
+
+
+def check_arguments(arguments: argparse.Namespace, texts: list[str]) -> None:
+    """Raise UserError for arguments that do not go together."""
+    special = "pairs" if arguments.pairs else "generate" if arguments.generate else arguments.kind
+    if arguments.targets and special not in ("fills", "json"):
+        raise UserError(f"--targets does not go with --{special}: leave it out")
+    if arguments.pairs and arguments.texts:
+        raise UserError("--pairs has its sentences in a file: leave the others out")
+    if arguments.generate is not None and arguments.generate < 1:
+        raise UserError(f"--generate must be at least 1, got {arguments.generate}")
+    if arguments.remask < 0:
+        raise UserError(f"--remask must be at least 0, got {arguments.remask}")
+    if texts or special in ("pairs", "generate"):
+        return
+    if arguments.targets:
+        raise UserError('no text: put it before --targets, or after them and a "--"')
+    raise UserError('no text: python infer.py "The Milky Way is a <mask> galaxy."')
 
 
 def read_texts() -> list[str]:
@@ -109,11 +137,37 @@ def parse_arguments() -> argparse.Namespace:
         help="print how probable each token of a text without masks is, given all the others",
     )
     kind.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="of each pair of sentences in a file (tabs or .jsonl: good, bad, and perhaps a "
+        "phenomenon; or one of BLiMP's), tell whether the good one scores higher",
+    )
+    kind.add_argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="append N masks to a text and fill them over a few rounds, the most certain first",
+    )
+    kind.add_argument(
         "--json",
         dest="kind",
         action="store_const",
         const="json",
         help='print what pipeline("fill-mask") returns, nothing else',
+    )
+    parser.add_argument(
+        "--score-method",
+        choices=("word-l2r", "original"),
+        default="word-l2r",
+        help="--score and --pairs: mask a token alone (original), or with it the later tokens of "
+        "its word, which would give it away (word-l2r, the default)",
+    )
+    parser.add_argument(
+        "--remask",
+        type=int,
+        default=0,
+        metavar="N",
+        help="--generate: mask the less certain half again and fill it anew, N times (0)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return parser.parse_args()

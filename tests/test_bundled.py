@@ -10,6 +10,8 @@ import pytest
 from mlm_scratch.data.corpus import unseen_sentences
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
+from mlm_scratch.inference.pairs import judge, read_pairs
+from mlm_scratch.inference.score import METHODS
 from mlm_scratch.run.metrics import read_metrics
 from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
 from tests.support.processes import ROOT
@@ -69,3 +71,14 @@ def test_facts_are_learned_and_not_only_their_phrasings(run_dir):
     assert share_right(NEVER_EMITTED) >= 0.85
     spiral = fill_mask(model, tokenizer, "The Milky Way is a <mask> galaxy.", top_k=1)[0]
     assert spiral["sequence"] == "The Milky Way is a spiral galaxy."
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_good_sentences_score_higher_than_bad_ones(run_dir, method):
+    """Of the pairs about facts, at least 90 %."""
+    tokenizer, model = load_tokenizer(run_dir / "model"), load_model(run_dir / "model").eval()
+    pairs = read_pairs(str(ROOT / "tests/support/pairs.tsv"))
+    assert len(set(pairs)) == len(pairs) >= 60
+    right = judge(model, tokenizer, pairs, method)
+    print({name: (sum(ones), len(ones)) for name, ones in right.items()})
+    assert len(right["facts"]) >= 40 and sum(right["facts"]) >= 0.9 * len(right["facts"])

@@ -316,7 +316,7 @@ def test_a_run_on_a_gpu_leaves_what_one_on_a_cpu_leaves(found, precision):
     """With logging, evaluation, checkpoints and the final model. bf16 has 8 bits of mantissa."""
     result = result_of(found, f"run {precision}")
     assert set(result["tf32"]) == {"high" if precision == "fp32" else "highest"}
-    assert len(result["gpu"]) == 6
+    assert len(result["gpu"]) == 7
     assert_close(result["gpu"], result["cpu"], rel=1e-4 if precision == "fp32" else 0.01)
     assert result["difference"] < (1e-5 if precision == "fp32" else 0.01)
     assert result["names"] == ["checkpoint-4", "checkpoint-2"]

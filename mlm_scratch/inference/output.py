@@ -33,6 +33,7 @@ class Output:
         top_k: fills per mask.
         targets: consider only these tokens.
         truncate: truncate texts that are too long.
+        score_method: what else is masked with a token that is scored.
         with_steps: also print the steps that lead to the fills.
     """
 
@@ -42,6 +43,7 @@ class Output:
     top_k: int
     targets: list[str] | None
     truncate: bool
+    score_method: str
     with_steps: bool
 
     def check(self, texts: list[str]) -> None:
@@ -176,7 +178,9 @@ class Output:
     def scores(self, texts: list[str]) -> Iterator[str]:
         """Yield the lines of the score of each text: of each token, and of the sentence."""
         for text in texts:
-            scores = score_sentence(self.model, self.tokenizer, text, self.truncate)
+            scores = score_sentence(
+                self.model, self.tokenizer, text, self.truncate, self.score_method
+            )
             total = sum(score for _, score in scores)
             yield text
             for id, score in scores:

@@ -71,9 +71,30 @@ def test_no_more_than_the_given_beams_are_kept(model, rows_of_each_pass):
 def test_a_score_masks_each_token_by_itself(model):
     text = "Paris is the capital of France, and Rome is the capital of Italy."
     ids = TOKENIZER(text, return_tensors="pt")["input_ids"][0]  # (T,)
-    scores = score_sentence(model, TOKENIZER, text)
+    scores = score_sentence(model, TOKENIZER, text, method="original")
     assert [id for id, _ in scores] == ids[1:-1].tolist()
     for position, (id, score) in enumerate(scores, start=1):
         masked = ids.clone()
         masked[position] = TOKENIZER.mask_token_id
         assert score == pytest.approx(log_p(model, masked, position)[id].item(), rel=1e-4)
+
+
+WORDS = "Unbelievable misunderstandings happen, occasionally."
+
+
+def test_words_of_several_tokens_do_not_give_themselves_away(model):
+    """PLL-word-l2r: with a token, the later tokens of its word are masked, too."""
+    encoding = TOKENIZER(WORDS, return_tensors="pt")
+    (ids,) = encoding["input_ids"]  # (T,)
+    words = encoding.word_ids()
+    scores = score_sentence(model, TOKENIZER, WORDS)
+    assert [id for id, _ in scores] == ids[1:-1].tolist()
+    several = 0
+    for position, (id, score) in enumerate(scores, start=1):
+        masked = ids.clone()
+        for later in range(position, len(ids)):
+            if words[later] == words[position]:
+                masked[later] = TOKENIZER.mask_token_id
+        several += (masked == TOKENIZER.mask_token_id).sum() > 1
+        assert score == pytest.approx(log_p(model, masked, position)[id].item(), rel=1e-4)
+    assert several > 5

@@ -95,7 +95,7 @@ def test_joint_and_score_print_their_results(directory, call):
         (["--score", ""], "has no token to score"),
         (["--score", TEXT], "has a mask"),
         (["--joint", "--top-k", 0, TEXT], "top-k must be from 1 to 100"),
-        (["--joint", TEXT, "--targets", "is"], "--targets goes with neither --joint nor --score"),
+        (["--joint", TEXT, "--targets", "is"], "--targets does not go with --joint"),
         (["--joint", "--score", TEXT], "not allowed with argument"),
         (["--truncate", "galaxy " * 99 + "<mask>"], "in the text 'galaxy galaxy"),
         ([TEXT, "no gap"], "text 2: no <mask> in the text 'no gap'"),

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.run import build, session, state
+from mlm_scratch.run import build, ending, session, state
 from mlm_scratch.run.saver import Saver
 from mlm_scratch.util.runs import RUN_JSON
 from tests.support.same import assert_same_run
@@ -127,7 +127,7 @@ def follow(phase: mmap.mmap, die_at_call: int) -> None:
         (state, "evaluate", EVALUATION),
         (session, "run_steps", STEP),
         (state, "save_checkpoint", SAVE),
-        (session, "save_model", SAVE),
+        (ending, "save_model", SAVE),
     ):
         setattr(owner, name, recorded(getattr(owner, name), during))
 

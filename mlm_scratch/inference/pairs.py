@@ -1,0 +1,126 @@
+"""Minimal pairs: how often a model finds the good sentence more probable than the bad one.
+
+    good                             bad                              phenomenon
+    The capital of Italy is Rome.    The capital of Italy is Paris.   facts
+    A triangle has three sides.      A triangle have three sides.     number agreement
+
+Source of the test and of its file format: Warstadt et al. 2020, BLiMP.
+"""
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mlm_scratch.inference.score import score_sentence
+from mlm_scratch.util.errors import UserError, shortened
+from mlm_scratch.util.progress import progress_bar
+
+# What the columns may be called; the second name is BLiMP's.
+NAMES = (("good", "sentence_good"), ("bad", "sentence_bad"), ("phenomenon", "UID"))
+Z = 1.96  # standard deviations: 95 % of a normal distribution
+
+
+class Pair(NamedTuple):
+    """Two sentences that differ in one thing."""
+
+    good: str
+    bad: str
+    phenomenon: str = "all pairs"
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """Read pairs from a .jsonl file, or from one with tabs, with or without a first line of names.
+
+    Raises:
+        UserError: the file cannot be read; the message names the line.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = _json_rows(file) if path.endswith((".jsonl", ".json")) else _tab_rows(file)
+            pairs = [_pair(path, number, row) for number, row in rows]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--pairs: cannot read {path}: {error}") from error
+    except ValueError as error:
+        raise UserError(f"--pairs: {path}: {error}") from error
+    if not pairs:
+        raise UserError(f"--pairs: {path} has no pairs")
+    return pairs
+
+
+def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no JSON object")
+            yield number, row
+
+
+def _tab_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    names = [known[0] for known in NAMES]
+    for number, cells in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+        if number == 1 and {"good", "sentence_good"} & set(cells):
+            names = cells
+        elif cells:
+            yield number, dict(zip(names, cells, strict=False))
+
+
+def _pair(path: str, number: int, row: dict[str, Any]) -> Pair:
+    values = [next((row[name] for name in known if row.get(name)), None) for known in NAMES]
+    good, bad, phenomenon = values
+    if not (isinstance(good, str) and isinstance(bad, str)):
+        raise UserError(f"--pairs: line {number} of {path} has no good and bad sentence")
+    return Pair(good, bad) if phenomenon is None else Pair(good, bad, str(phenomenon))
+
+
+def judge(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], method: str
+) -> dict[str, list[bool]]:
+    """Return for each phenomenon whether the good sentence of each pair scores higher.
+
+    Raises:
+        UserError: a sentence cannot be scored; the message names it.
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    for pair in progress_bar(pairs, desc="scoring", unit=" pairs", leave=False):
+        good, bad = (
+            sum(p for _, p in score_sentence(model, tokenizer, text, method=method))
+            for text in (pair.good, pair.bad)
+        )
+        right[pair.phenomenon].append(good > bad)
+    return right
+
+
+def lines_of(right: dict[str, list[bool]]) -> Iterator[str]:
+    """Yield a table: a line per phenomenon, and one for all of them."""
+    all_of_them = [one for ones in right.values() for one in ones]
+    rows = {shortened(name)[1:-1]: ones for name, ones in right.items()}
+    if len(rows) > 1:
+        rows["all"] = all_of_them
+    width = max(map(len, [*rows, "phenomenon"]))
+    yield f"{'phenomenon':<{width}}  right    of  share  95 % interval"
+    for name, ones in rows.items():
+        low, high = wilson_interval(sum(ones), len(ones))
+        yield (
+            f"{name:<{width}}  {sum(ones):>5}  {len(ones):>4}  {sum(ones) / len(ones):.3f}  "
+            f"{low:.3f} to {high:.3f}"
+        )
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share of n.
+
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+    """
+    share = right / n
+    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,106 @@
+"""Minimal pairs: the formats that are read, the verdicts, and their interval."""
+
+import json
+import math
+
+import pytest
+
+import infer
+from mlm_scratch.inference.pairs import Pair, judge, lines_of, read_pairs, wilson_interval
+from mlm_scratch.inference.score import METHODS, score_sentence
+from mlm_scratch.util.errors import UserError
+from tests.support.tiny import byte_level_tokenizer, roberta
+
+PAIRS = [
+    Pair("Paris is the capital.", "Paris are the capital.", "agreement"),
+    Pair('A "quoted" word', "A tab", "quotes"),
+]
+# A line as in BLiMP's files.
+BLIMP = {
+    "sentence_good": "Who should Derek hug after shocking Richard?",
+    "sentence_bad": "Who should Derek hug Richard after shocking?",
+    "field": "syntax",
+    "linguistics_term": "island_effects",
+    "UID": "adjunct_island",
+    "simple_LM_method": True,
+    "pairID": "0",
+}
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_every_format_is_read(tmp_path):
+    rows = ["\t".join(pair) for pair in PAIRS]
+    assert read_pairs(write(tmp_path / "a.tsv", "\n".join(rows) + "\n\n")) == PAIRS
+    named = ["phenomenon\tbad\tgood", *("\t".join((c, b, a)) for a, b, c in PAIRS)]
+    assert read_pairs(write(tmp_path / "b.tsv", "\ufeff" + "\n".join(named))) == PAIRS
+    lines = [json.dumps(pair._asdict()) for pair in PAIRS]
+    assert read_pairs(write(tmp_path / "c.jsonl", "\n".join(lines))) == PAIRS
+    (blimp,) = read_pairs(write(tmp_path / "d.jsonl", json.dumps(BLIMP)))
+    assert blimp == (BLIMP["sentence_good"], BLIMP["sentence_bad"], "adjunct_island")
+    (plain,) = read_pairs(write(tmp_path / "e.tsv", "good one\tbad one"))
+    assert plain.phenomenon == "all pairs"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.tsv", "only one\n", "line 1 of .*a.tsv has no good and bad sentence"),
+        ("a.tsv", "", "has no pairs"),
+        ("a.jsonl", '{"good": "a", "bad": "b"}\n{"good": "a"}', "line 2 of .* has no good and"),
+        ("a.jsonl", "[1]", "line 1 is no JSON object"),
+        ("a.jsonl", "{", "line 1 is not JSON"),
+        ("none.tsv", None, "cannot read"),
+    ],
+)
+def test_what_is_no_pair_is_reported(tmp_path, name, content, message):
+    if content is not None:
+        write(tmp_path / name, content)
+    with pytest.raises(UserError, match=f"--pairs: .*{message}"):
+        read_pairs(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_verdict_is_that_of_the_scores(method):
+    tokenizer = byte_level_tokenizer()
+    model = roberta(tokenizer, initializer_range=0.3).eval()
+    total = {
+        text: sum(p for _, p in score_sentence(model, tokenizer, text, method=method))
+        for pair in PAIRS
+        for text in pair[:2]
+    }
+    both_ways = [*PAIRS, *(Pair(bad, good, "swapped") for good, bad, _ in PAIRS)]
+    right = judge(model, tokenizer, both_ways, method)
+    assert right["agreement"] == [total[PAIRS[0].good] > total[PAIRS[0].bad]]
+    assert right["swapped"] == [not right["agreement"][0], not right["quotes"][0]]
+    assert judge(model, tokenizer, [Pair("the same", "the same")], method) == {"all pairs": [False]}
+
+
+def test_the_table_has_a_line_per_phenomenon():
+    *rows, last = lines_of({"a": [True] * 9 + [False], "longer": [False]})
+    assert rows[1].split()[:4] == ["a", "9", "10", "0.900"] and rows[2].split()[3] == "0.000"
+    assert last.split()[:4] == ["all", "9", "11", "0.818"]
+
+
+@pytest.mark.parametrize("right, n", [(48, 48), (9, 10), (0, 5), (520, 1000)])
+def test_the_interval_is_wilsons(right, n):
+    """Its ends are the shares from which the one seen is 1.96 standard deviations away."""
+    for end in wilson_interval(right, n):
+        deviation = math.sqrt(end * (1 - end) / n)
+        assert abs(end - right / n) == pytest.approx(1.96 * deviation, abs=1e-7)
+
+
+def test_the_command_prints_the_table(files, call, tmp_path):
+    path = write(tmp_path / "a.tsv", "\n".join("\t".join(pair) for pair in PAIRS))
+    code, out, _ = call(infer, "--model", files / "model", "--pairs", path)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [
+        "phenomenon",
+        "agreement",
+        "quotes",
+        "all",
+    ]
+    code, _, err = call(infer, "--model", files / "model", "--pairs", path, "A text")
+    assert code == 2 and "--pairs has its sentences in a file" in err
