@@ -48,7 +48,7 @@ def main() -> None:
     from mlm_scratch.run.session import train  # imports torch and transformers: seconds
 
     run_dir = train(config, resume=resume)
-    print(f"picture of the loss: {run_dir / 'loss.png'}; final numbers: {run_dir / 'results.json'}")
+    print(f"report: {run_dir / 'report.html'}; its picture: loss.png, its numbers: results.json")
     print(f"all curves: tensorboard --logdir {run_dir / 'logs'}")
     print(f"share it, with its model card: hf upload YOUR_NAME/{run_dir.name} {run_dir / MODEL}")
     print(f"model: {run_dir / MODEL}; try it with")

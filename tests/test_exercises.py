@@ -1,18 +1,25 @@
 """The answers to the exercises of the reading guide, one per file of the reading path."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from mlm_scratch.config import resolve
 from mlm_scratch.data.rows import TokenRows
+from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
+from mlm_scratch.loop import train_step
 from mlm_scratch.masking import mask_tokens
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import parameter_groups
+from mlm_scratch.run import build
+from mlm_scratch.run.build import prepare
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
@@ -94,3 +101,60 @@ def test_fill_mask_why_the_scores_of_all_targets_do_not_add_up_to_1():
         logits = model(**inputs).logits[0, at]  # (V,)
     among = logits[list(scores)].softmax(dim=0).tolist()  # (targets,)
     assert [score / sum(scores.values()) for score in scores.values()] == pytest.approx(among)
+
+
+class RatePerRow(Collator):
+    """Draws the share of tokens to mask from U(0, 1), anew for each row."""
+
+    def __call__(self, rows, indices, done=0.0):
+        """Mask the rows one by one, and put them together."""
+        parts = []
+        for index in indices:
+            self.first_rate = self.last_rate = torch.rand((), generator=self.generator).item()
+            parts.append(super().__call__(rows, np.array([index])))
+        width = max(part.input_ids.shape[1] for part in parts)
+
+        def joined(name, fill):
+            return torch.cat(
+                [
+                    pad(x := getattr(part, name), (0, width - x.shape[1]), value=fill)
+                    for part in parts
+                ]
+            )
+
+        ids, labels = joined("input_ids", self.pad_token_id), joined("labels", -100)
+        is_token = torch.cat(
+            [
+                pad(torch.ones_like(part.input_ids), (0, width - part.input_ids.shape[1]))
+                for part in parts
+            ]
+        )
+        return Batch(ids, is_token, labels, self.positions_of(labels))
+
+
+@pytest.mark.slow
+def test_generate_at_which_rates_a_model_trained_at_all_of_them_predicts_better(
+    tmp_path, monkeypatch
+):
+    """Where nearly all is masked; where little is, the one trained at 25 % is better."""
+    settings = {"max_steps": 400, "save_every": 0, "precision": "fp32", "device": "cpu"}
+    losses = {}
+    for name, collator in (("25 %", Collator), ("U(0, 1)", RatePerRow)):
+        monkeypatch.setattr(build, "Collator", collator)
+        config = resolve("bundled", settings | {"output_dir": str(tmp_path / name[:2])})
+        t = prepare(config)
+        for step in t.loader.steps(0, 400):
+            train_step(t, step)
+        losses[name] = [
+            evaluate(
+                t.model,
+                t.tokenizer,
+                t.eval_rows,
+                replace(config, eval_mlm_probability=rate),
+                t.precision,
+            )["eval_loss"]
+            for rate in (0.1, 0.9)
+        ]
+    print(losses)
+    assert losses["U(0, 1)"][1] < losses["25 %"][1] - 0.1
+    assert losses["25 %"][0] < losses["U(0, 1)"][0]

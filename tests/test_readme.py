@@ -56,7 +56,7 @@ def test_every_path_and_link_exists():
 
 def test_every_flag_in_the_readmes_is_one():
     """Of train.py, infer.py, explain, or the programs in tests/tools."""
-    sources = [*ROOT.glob("*.py"), PACKAGE / "explain/__main__.py", *ROOT.glob("tests/tools/*.py")]
+    sources = [*ROOT.glob("*.py"), *PACKAGE.glob("*/__main__.py"), *ROOT.glob("tests/tools/*.py")]
     known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in sources)))
     fields = re.findall(r"^    (\w+): .*= _option\(", (PACKAGE / "config.py").read_text(), re.M)
     known |= {"--" + name.replace("_", "-") for name in fields}

@@ -9,7 +9,6 @@ Source of the test and of its file format: Warstadt et al. 2020, BLiMP.
 
 import csv
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError, shortened
+from mlm_scratch.util.intervals import wilson_interval
 from mlm_scratch.util.progress import progress_bar
 
 # What the columns may be called; the second name is BLiMP's.
 NAMES = (("good", "sentence_good"), ("bad", "sentence_bad"), ("phenomenon", "UID"))
-Z = 1.96  # standard deviations: 95 % of a normal distribution
 
 
 class Pair(NamedTuple):
@@ -113,14 +112,3 @@ def lines_of(right: dict[str, list[bool]]) -> Iterator[str]:
             f"{name:<{width}}  {sum(ones):>5}  {len(ones):>4}  {sum(ones) / len(ones):.3f}  "
             f"{low:.3f} to {high:.3f}"
         )
-
-
-def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share of n.
-
-    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
-    """
-    share = right / n
-    center = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return max(0.0, center - half), min(1.0, center + half)

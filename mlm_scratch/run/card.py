@@ -121,6 +121,15 @@ def command_line(config: TrainConfig) -> str:
     return shlex.join(map(str, words))
 
 
+def settings(config: TrainConfig) -> dict[str, str]:
+    """Return all settings of a run, as they are said on a command line."""
+    return {
+        option.name.replace("_", "-"): str(getattr(config, option.name))
+        for option in dataclasses.fields(TrainConfig)
+        if "help" in option.metadata and getattr(config, option.name) not in (None, ())
+    }
+
+
 def without_directories(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     """Return the settings with the last parts of local paths only, and those parts by path."""
     local = [name for name in (config.model, config.dataset) if name and os.path.exists(name)]

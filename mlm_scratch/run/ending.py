@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: model/ with a model card, results.json, and the last lines."""
+"""What a finished run leaves behind: model/ with a model card, results.json, report.html."""
 
 import json
 import sys
@@ -7,19 +7,22 @@ from transformers import PreTrainedModel
 
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.hf.load import load_model
-from mlm_scratch.run.card import model_card
+from mlm_scratch.run.card import command_line, model_card, settings
 from mlm_scratch.run.checkpoint import save_model
+from mlm_scratch.run.first_row import first_row_lines
 from mlm_scratch.run.metrics import PICTURE, NoReport, lowest, read_metrics
+from mlm_scratch.run.page import report_page
 from mlm_scratch.run.state import Training
+from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.run.watch import short, watched_line
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import MODEL, find_fault
 
-RESULTS = "results.json"
+RESULTS, PAGE = "results.json", "report.html"
 
 
 def leave_behind(t: Training, report: NoReport) -> None:
-    """Write model/ and results.json, on rank 0, and print what has been achieved.
+    """Write all of it, on rank 0, and print what has been achieved.
 
     Raises:
         UserError: the weights are NaN or infinite.
@@ -45,6 +48,18 @@ def leave_behind(t: Training, report: NoReport) -> None:
         beside={"README.md": card.encode(), PICTURE: picture},
     )
     (t.run_dir / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+    page = report_page(
+        t.run_dir.name,
+        lines,
+        results,
+        report.summary(results),
+        []
+        if isinstance(t.loader, StreamLoader)
+        else [*first_row_lines(t.loader, t.tokenizer, t.config)],
+        {**t.sources, **settings(t.config)},
+        command_line(t.config),
+    )
+    (t.run_dir / PAGE).write_text(page, encoding="utf-8")
     print(report.summary(results))
     _print_fills(results)
 

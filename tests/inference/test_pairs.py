@@ -1,12 +1,11 @@
 """Minimal pairs: the formats that are read, the verdicts, and their interval."""
 
 import json
-import math
 
 import pytest
 
 import infer
-from mlm_scratch.inference.pairs import Pair, judge, lines_of, read_pairs, wilson_interval
+from mlm_scratch.inference.pairs import Pair, judge, lines_of, read_pairs
 from mlm_scratch.inference.score import METHODS, score_sentence
 from mlm_scratch.util.errors import UserError
 from tests.support.tiny import byte_level_tokenizer, roberta
@@ -83,14 +82,6 @@ def test_the_table_has_a_line_per_phenomenon():
     *rows, last = lines_of({"a": [True] * 9 + [False], "longer": [False]})
     assert rows[1].split()[:4] == ["a", "9", "10", "0.900"] and rows[2].split()[3] == "0.000"
     assert last.split()[:4] == ["all", "9", "11", "0.818"]
-
-
-@pytest.mark.parametrize("right, n", [(48, 48), (9, 10), (0, 5), (520, 1000)])
-def test_the_interval_is_wilsons(right, n):
-    """Its ends are the shares from which the one seen is 1.96 standard deviations away."""
-    for end in wilson_interval(right, n):
-        deviation = math.sqrt(end * (1 - end) / n)
-        assert abs(end - right / n) == pytest.approx(1.96 * deviation, abs=1e-7)
 
 
 def test_the_command_prints_the_table(files, call, tmp_path):
