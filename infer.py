@@ -19,7 +19,7 @@ from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 def main() -> None:
     """Parse, load, check all texts, then fill or score each and print."""
     arguments = parse_arguments()
-    texts = [] if arguments.pairs else arguments.texts or read_texts()
+    texts = [] if arguments.pairs is not None else arguments.texts or read_texts()
     check_arguments(arguments, texts)
     model_name = newest_model() if arguments.model is None else arguments.model
     go_offline_without_hub(str(model_name))
@@ -33,17 +33,20 @@ def main() -> None:
     from mlm_scratch.inference import pairs
     from mlm_scratch.inference.generate import generate
     from mlm_scratch.inference.output import Output
+    from mlm_scratch.inference.score import METHODS
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    read = pairs.read_pairs(arguments.pairs) if arguments.pairs else []
+    read = pairs.read_pairs(arguments.pairs) if arguments.pairs is not None else []
     device = choose_precision(arguments.device, "fp32").device
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, dtype="auto").eval().to(device)
     check_fit(tokenizer, model, model_name)
     if read:
-        right = pairs.judge(model, tokenizer, read, arguments.score_method)
+        right = pairs.judge(
+            model, tokenizer, read, arguments.score_method or METHODS[0], arguments.truncate
+        )
         print(*pairs.lines_of(right), sep="\n")
         return
     texts = [use_own_mask(tokenizer, text) for text in texts]
@@ -59,7 +62,7 @@ def main() -> None:
         top_k=arguments.top_k,
         targets=arguments.targets,
         truncate=arguments.truncate,
-        score_method=arguments.score_method,
+        score_method=arguments.score_method or METHODS[0],
         with_steps=bool(arguments.texts),
     )
     output.check(texts)  # all of them, before anything is printed
@@ -68,10 +71,16 @@ def main() -> None:
 
 def check_arguments(arguments: argparse.Namespace, texts: list[str]) -> None:
     """Raise UserError for arguments that do not go together."""
-    special = "pairs" if arguments.pairs else "generate" if arguments.generate else arguments.kind
+    special = arguments.kind
+    for name in ("pairs", "generate"):
+        special = special if getattr(arguments, name) is None else name
+    if arguments.score_method and special not in ("score", "pairs"):
+        raise UserError("--score-method goes with --score or --pairs only")
+    if arguments.remask and special != "generate":
+        raise UserError("--remask goes with --generate only")
     if arguments.targets and special not in ("fills", "json"):
         raise UserError(f"--targets does not go with --{special}: leave it out")
-    if arguments.pairs and arguments.texts:
+    if special == "pairs" and arguments.texts:
         raise UserError("--pairs has its sentences in a file: leave the others out")
     if arguments.generate is not None and arguments.generate < 1:
         raise UserError(f"--generate must be at least 1, got {arguments.generate}")
@@ -158,7 +167,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--score-method",
         choices=("word-l2r", "original"),
-        default="word-l2r",
         help="--score and --pairs: mask a token alone (original), or with it the later tokens of "
         "its word, which would give it away (word-l2r, the default)",
     )

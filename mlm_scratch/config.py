@@ -248,6 +248,10 @@ class TrainConfig:
             raise UserError("--model bundled has no weights to start from: use --init scratch")
         if not self.train_file and self.dataset is None:
             raise UserError("there is nothing to train on: name a --dataset or a --train-file")
+        if self.decay_steps != TrainConfig.decay_steps and self.schedule != "wsd":
+            raise UserError("--decay-steps goes with --schedule wsd only")
+        if self.dataset_revision and (self.train_file or self.dataset == BUNDLED):
+            raise UserError("--dataset-revision names one of a --dataset on the Hub")
         if self.eval_split is not None and (self.train_file or self.dataset == BUNDLED):
             raise UserError("--eval-split names a split of a --dataset: use --eval-file")
         if self.streaming:
@@ -269,7 +273,7 @@ def _flag(name: str) -> str:
 def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
     flag = _flag(name)
     # argparse checks the types of flags, but run.json may have been edited.
-    if kind in (float, float | None):
+    if kind in (float, float | None, float | str):
         kind = int | kind
     elif get_origin(kind) is tuple:  # isinstance knows tuple, but not tuple[str, ...]
         kind = tuple

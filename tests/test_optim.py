@@ -54,7 +54,8 @@ REFERENCES = {
 @pytest.mark.parametrize("warmup, total", [(0, 7), (3, 7), (5, 7), (7, 7), (9, 7), (0, 1)])
 def test_the_schedules_equal_transformers(name, warmup, total):
     """Also beyond the last step, and if they are built in the middle, as on a resume."""
-    share = rate_schedule(TrainConfig(schedule=name, warmup_steps=warmup, decay_steps=3), total)
+    decay = {"decay_steps": 3} if name == "wsd" else {}
+    share = rate_schedule(TrainConfig(schedule=name, warmup_steps=warmup, **decay), total)
     expected = rates(REFERENCES[name](optimizer(), warmup, total), total + 2)
     assert rates(build_schedule(optimizer(), share), total + 2) == expected
     for done in range(1, total):

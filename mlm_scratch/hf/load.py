@@ -80,7 +80,8 @@ def load_model(
 
     Args:
         name: a Hub id or a directory.
-        init: "pretrained"; "new-head" if only the head has no weights; or "scratch".
+        init: "pretrained"; "new-head" if only the head has no weights; "encoder" if it does not
+            matter whether the head has; or "scratch".
         dtype: dtype of the weights; "auto" keeps the one that they were saved in.
         revision: commit, tag or branch on the Hub; None: its main branch.
 
@@ -122,7 +123,7 @@ def _check_missing(name: str | Path, missing: list[str], encoder: str, init: str
             f"{name} has no weights for {weights}: its encoder is not that of a masked-language "
             "model (--init scratch starts all of it at random)"
         )
-    if missing and init != "new-head":
+    if missing and init == "pretrained":
         raise UserError(
             f"{name} has no LM head (no weights for {weights}): train.py --init new-head starts "
             "the head at random and trains both"

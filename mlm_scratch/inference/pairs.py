@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm_scratch.hf.encode import encode, find_words
 from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError, shortened
 from mlm_scratch.util.intervals import wilson_interval
@@ -42,7 +43,7 @@ def read_pairs(path: str) -> list[Pair]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = _json_rows(file) if path.endswith((".jsonl", ".json")) else _tab_rows(file)
             pairs = [_pair(path, number, row) for number, row in rows]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--pairs: cannot read {path}: {error}") from error
     except ValueError as error:
         raise UserError(f"--pairs: {path}: {error}") from error
@@ -81,17 +82,25 @@ def _pair(path: str, number: int, row: dict[str, Any]) -> Pair:
 
 
 def judge(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], method: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    method: str,
+    truncate: bool = False,
 ) -> dict[str, list[bool]]:
     """Return for each phenomenon whether the good sentence of each pair scores higher.
 
     Raises:
-        UserError: a sentence cannot be scored; the message names it.
+        UserError: a sentence cannot be scored, found before the first is; the message names it.
     """
+    for pair in pairs:
+        for text in pair[:2]:
+            (input_ids,) = encode(model, tokenizer, [text], truncate)["input_ids"]
+            find_words(tokenizer, input_ids, text)
     right: dict[str, list[bool]] = defaultdict(list)
     for pair in progress_bar(pairs, desc="scoring", unit=" pairs", leave=False):
         good, bad = (
-            sum(p for _, p in score_sentence(model, tokenizer, text, method=method))
+            sum(p for _, p in score_sentence(model, tokenizer, text, truncate, method))
             for text in (pair.good, pair.bad)
         )
         right[pair.phenomenon].append(good > bad)
@@ -100,13 +109,12 @@ def judge(
 
 def lines_of(right: dict[str, list[bool]]) -> Iterator[str]:
     """Yield a table: a line per phenomenon, and one for all of them."""
-    all_of_them = [one for ones in right.values() for one in ones]
-    rows = {shortened(name)[1:-1]: ones for name, ones in right.items()}
+    rows = [(shortened(name)[1:-1], ones) for name, ones in right.items()]
     if len(rows) > 1:
-        rows["all"] = all_of_them
-    width = max(map(len, [*rows, "phenomenon"]))
+        rows.append(("all", [one for _, ones in rows for one in ones]))
+    width = max(len(name) for name, _ in [*rows, ("phenomenon", [])])
     yield f"{'phenomenon':<{width}}  right    of  share  95 % interval"
-    for name, ones in rows.items():
+    for name, ones in rows:
         low, high = wilson_interval(sum(ones), len(ones))
         yield (
             f"{name:<{width}}  {sum(ones):>5}  {len(ones):>4}  {sum(ones) / len(ones):.3f}  "

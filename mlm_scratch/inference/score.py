@@ -63,7 +63,11 @@ def score_sentence(
 
 
 def _words(inputs: BatchEncoding) -> Tensor:
-    """(T,) the number of the word that each token belongs to, -1 at special tokens."""
+    """(T,) the number of the word that each token belongs to, -1 at special tokens.
+
+    As the tokenizer counts them: in byte-level BPE and WordPiece, a full stop is a word. For
+    --whole-word, as for DataCollatorForLanguageModeling, it belongs to the word before it.
+    """
     if not inputs.is_fast:
         raise UserError(
             "this tokenizer does not tell which tokens make a word: use --score-method original"

@@ -42,12 +42,11 @@ def main() -> None:
     right = []
     for model in models:
         right.append(predict(mean_states(model, texts), targets) == targets)  # (N,)
-        n_right = int(right[-1].sum())
-        low, high = wilson_interval(n_right, n)
+        low, high = wilson_interval(n_right := int(right[-1].sum()), n)
         print(f"{n_right / n:<10.3f}{f'{low:.3f} to {high:.3f}':<18}{model}", flush=True)
     for model, other in zip(models[1:], right[1:], strict=True):
         gain, low, high = difference_interval(right[0].tolist(), other.tolist())
-        print(f"{gain:<+10.3f}{f'{low:+.3f} to {high:+.3f}':<18}{model}, beside the first")
+        print(f"{gain:<+10.3f}{f'{low:+.3f} to {high:+.3f}':<18}{model}, minus the first")
 
 
 def read_labelled(path: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
@@ -58,7 +57,10 @@ def read_labelled(path: str, text_column: str, label_column: str) -> tuple[list[
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 rows = list(csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ","))
-        return [str(row[text_column]) for row in rows], [str(row[label_column]) for row in rows]
+        columns = [[row[name] for row in rows] for name in (text_column, label_column)]
+        if None in columns[0] + columns[1]:
+            raise UserError(f"{path} has a row without a text or a label")
+        return [str(text) for text in columns[0]], [str(label) for label in columns[1]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} lacks the column {error} in some row") from error
     except (OSError, ValueError, csv.Error) as error:
@@ -76,7 +78,7 @@ def mean_states(name: str, texts: list[str]) -> "Tensor":
     from mlm_scratch.util.progress import progress_bar
 
     disable_progress_bar()
-    tokenizer, model = load_tokenizer(name), load_model(name).eval()
+    tokenizer, model = load_tokenizer(name), load_model(name, "encoder").eval()
     size = BATCH_SIZE if ignores_padding(model, tokenizer) else 1
     means = []
     for start in progress_bar(range(0, len(texts), size), desc="encoding", leave=False):
@@ -94,7 +96,7 @@ def predict(states: "Tensor", targets: "Tensor") -> "Tensor":
 
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))  # (N,)
     predicted = torch.empty_like(targets)
-    for held_out in order.chunk(FOLDS):
+    for held_out in order.tensor_split(FOLDS):
         rest = ~torch.isin(torch.arange(len(targets)), held_out)  # (N,)
         mean, deviation = states[rest].mean(dim=0), states[rest].std(dim=0) + 1e-6  # (H,), (H,)
         scaled = (states - mean) / deviation  # (N, H)
@@ -138,9 +140,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", help=".csv, .tsv or .jsonl with a text and a label in each row")
-    parser.add_argument(
-        "--models", nargs="+", metavar="ID_OR_DIR", help="default: the newest run's model"
-    )
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: that of the last run")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="(text)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="(label)")
     return parser.parse_args()

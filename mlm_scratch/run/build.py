@@ -53,6 +53,9 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     with ranks.rank0_first():
         loaded = load(config, checkpoint, ranks)
     tokenizer, hf_model, rows = loaded.tokenizer, loaded.hf_model, loaded.rows
+    if loaded.eval_rows is None and (config.best or config.patience):
+        flag = "--best" if config.best else "--patience"
+        raise UserError(f"{flag} goes by the evaluation loss: name an --eval-file or a share")
     watched = read_watched(config.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
@@ -67,7 +70,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     print(
         f"model: {type(hf_model).__name__} ({config.model}{_at(config)}, {config.init}), "
         f"{hf_model.num_parameters():,} parameters, on {precision}{why}, "
-        f"{what_was_found(model, config)}"
+        f"{what_was_found(model, config, resumed=checkpoint is not None)}"
     )
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
@@ -184,12 +187,12 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Maske
     return model
 
 
-def what_was_found(model: MaskedLM, config: TrainConfig) -> str:
+def what_was_found(model: MaskedLM, config: TrainConfig, resumed: bool) -> str:
     """Say where the head comes from and runs, and how rows shorter than others are laid out."""
     head = "head on masked positions"
     if model.dense_head:
         head = "head on all positions" + ("" if config.dense_head else " (it needs all of them)")
-    if config.init == "new-head":
+    if config.init == "new-head" and not resumed:
         embeddings = model.hf_model.get_input_embeddings().weight
         output = model.hf_model.get_output_embeddings()
         is_tied = output is not None and output.weight is embeddings

@@ -13,11 +13,11 @@ from typing import Any
 
 from mlm_scratch.config import RECIPES, TrainConfig, resolve
 from mlm_scratch.run.metrics import PICTURE
-from mlm_scratch.run.watch import short
+from mlm_scratch.run.watch import before_and_after
 
 MAX_ROWS = 20  # of the table of evaluations
 # Settings that others follow from (config.resolve).
-NAMED = ("model", "dataset", "train_file", "streaming", "max_steps", "eval_split")
+NAMED = ("model", "init", "dataset", "train_file", "streaming", "max_steps", "eval_split")
 
 
 def model_card(
@@ -77,13 +77,12 @@ def _text(config: TrainConfig, name: str, sources: dict[str, str]) -> str:
 def _outcome(results: dict[str, Any]) -> str:
     before, after = results["before"], results["after"]
     lines = []
-    if "perplexity" in after:
+    if "perplexity" in before and "perplexity" in after:
         lines.append(
             f"Perplexity of masked tokens in the evaluation text: {before['perplexity']:.2f} after "
             f"{before['step']:,} steps, {after['perplexity']:.2f} after {after['step']:,}."
         )
-    for first, last in zip(before.get("watch", []), after.get("watch", []), strict=True):
-        lines.append(f"- {first['text']} {short(first)} → {short(last)}")
+    lines += [f"- {text} {first} → {last}" for text, first, last in before_and_after(results)]
     return "\n".join(lines)
 
 
@@ -113,7 +112,9 @@ def command_line(config: TrainConfig) -> str:
     words = ["python", "train.py", "--recipe", config.recipe]
     for option in dataclasses.fields(TrainConfig):
         name, value = option.name, getattr(config, option.name)
-        if "help" not in option.metadata or name == "output_dir" or value in (None, (), False):
+        if "help" not in option.metadata or name == "output_dir":
+            continue
+        if value is None or value is False or value == ():  # no flag says so
             continue
         if name in named or value != getattr(implied, name):
             words.append("--" + name.replace("_", "-"))

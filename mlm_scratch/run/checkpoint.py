@@ -57,17 +57,8 @@ def save_model(
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any] | None = None,
-    beside: dict[str, bytes] | None = None,
 ) -> None:
-    """Write a model; `directory` appears complete or not at all.
-
-    Args:
-        directory: where to.
-        model: its configuration is saved.
-        weights: its state.
-        tokenizer: saved beside it.
-        state: that of its run.
-        beside: more files, by name.
+    """Write a model, and the state of its run if given; `directory` appears complete or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -86,8 +77,6 @@ def save_model(
         tokenizer.save_pretrained(unfinished)
         if state is not None:
             torch.save(state, unfinished / STATE)
-        for name, content in (beside or {}).items():
-            (unfinished / name).write_bytes(content)
         _seal(unfinished)
         if directory.exists():  # the same step again: kept until the new one is there
             os.rename(directory, replaced)

@@ -1,20 +1,19 @@
 """What a finished run leaves behind: model/ with a model card, results.json, report.html."""
 
 import json
+import shutil
 import sys
-
-from transformers import PreTrainedModel
 
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.hf.load import load_model
 from mlm_scratch.run.card import command_line, model_card, settings
 from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.first_row import first_row_lines
-from mlm_scratch.run.metrics import PICTURE, NoReport, lowest, read_metrics
+from mlm_scratch.run.metrics import PICTURE, NoReport, lowest, read_metrics, summary
 from mlm_scratch.run.page import report_page
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
-from mlm_scratch.run.watch import short, watched_line
+from mlm_scratch.run.watch import before_and_after
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import MODEL, find_fault
 
@@ -34,49 +33,53 @@ def leave_behind(t: Training, report: NoReport) -> None:
         )
     if nonfinite := t.losses.nonfinite.item():
         print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
-    hf_model, final_step = _final_model(t)
-    results = report.results(final_step)
-    lines = read_metrics(t.run_dir)
+    final_step = _save_final_model(t)
+    results, lines = report.results(final_step), read_metrics(t.run_dir)
+    if results["steps"] == 0 and (t.run_dir / RESULTS).exists():  # a finished run, resumed
+        old = json.loads((t.run_dir / RESULTS).read_text(encoding="utf-8"))
+        results |= {name: old[name] for name in old.keys() - {"step", "before", "after"}}
     card = model_card(t.config, t.sources, t.loader.rows_per_step, results, lines)
-    picture = (t.run_dir / PICTURE).read_bytes()
-    weights = t.saver.readable(t.vocabulary.weights(hf_model))
-    save_model(
-        t.run_dir / MODEL,
-        hf_model,
-        weights,
-        t.tokenizer,
-        beside={"README.md": card.encode(), PICTURE: picture},
-    )
+    (t.run_dir / MODEL / "README.md").write_text(card, encoding="utf-8")
+    shutil.copy(t.run_dir / PICTURE, t.run_dir / MODEL)
     (t.run_dir / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+    is_stream = isinstance(t.loader, StreamLoader)
     page = report_page(
         t.run_dir.name,
         lines,
         results,
-        report.summary(results),
-        []
-        if isinstance(t.loader, StreamLoader)
-        else [*first_row_lines(t.loader, t.tokenizer, t.config)],
+        summary(results),
+        [] if is_stream else [*first_row_lines(t.loader, t.tokenizer, t.config)],
         {**t.sources, **settings(t.config)},
         command_line(t.config),
     )
     (t.run_dir / PAGE).write_text(page, encoding="utf-8")
-    print(report.summary(results))
-    _print_fills(results)
+    print(summary(results))
+    if fills := before_and_after(results):
+        before, after = results["before"]["step"], results["after"]["step"]
+        print(f"fills after {before:,} steps, and after {after:,}:")
+        print(*(f"    {text}  {first}  ->  {last}" for text, first, last in fills), sep="\n")
 
 
-def _final_model(t: Training) -> tuple[PreTrainedModel, int]:
-    """Return the model of the last step, or with --best the best one, and its step."""
+def _save_final_model(t: Training) -> int:
+    """Write model/: of the last step, or with --best the best. Returns its step.
+
+    First of all: whatever fails later, the model is there.
+    """
     best_step = _best_step(t) if t.config.best else None
     if best_step is not None and best_step < t.steps_done:
         checkpoint, loss = t.run_dir / f"checkpoint-{best_step}", t.evaluations[best_step]
         print(f"model/ is that of {checkpoint.name}: the lowest evaluation loss, {loss:.4f}")
-        return load_model(checkpoint), best_step
-    if not weights_are_finite(t.hf_model):
+        hf_model = load_model(checkpoint)
+        save_model(t.run_dir / MODEL, hf_model, hf_model.state_dict(), t.tokenizer)
+        return best_step
+    weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
+    if not weights_are_finite(t.hf_model):  # read from the GPU, so the copies are complete
         raise UserError(
             f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
             "save; begin a new run with a lower --lr or --weight-decay"
         )
-    return t.hf_model, t.steps_done
+    save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
+    return t.steps_done
 
 
 def _best_step(t: Training) -> int | None:
@@ -84,17 +87,11 @@ def _best_step(t: Training) -> int | None:
     losses = dict(t.evaluations)
     while (step := lowest(losses)) is not None:
         checkpoint = t.run_dir / f"checkpoint-{step}"
-        fault = find_fault(checkpoint) if checkpoint.is_dir() else "it is missing"
-        if fault is None:
+        if not checkpoint.is_dir():
+            print(f"warning: {checkpoint.name}, the best, was not kept", file=sys.stderr)
+        elif fault := find_fault(checkpoint):
+            print(f"warning: {checkpoint.name}, the best, is damaged ({fault})", file=sys.stderr)
+        else:
             return step
-        print(f"warning: {checkpoint.name}, the best, is damaged ({fault})", file=sys.stderr)
         del losses[step]
     return None
-
-
-def _print_fills(results: dict) -> None:
-    before, after = results["before"], results["after"]
-    if after.get("watch") and before["step"] < after["step"]:
-        print(f"fills after {before['step']:,} steps, and after {after['step']:,}:")
-        for first, last in zip(before["watch"], after["watch"], strict=True):
-            print(f"{watched_line(first)}  ->  {short(last)}")

@@ -1,7 +1,7 @@
 """How much of a GPU a run uses: the FLOP of its steps, and the rate of the GPU's data sheet.
 
-MFU, model FLOP utilization, is the one per second divided by the other. Only what is executed
-counts: padding does, and the head on masked positions alone.
+MFU, model FLOP utilization, is the one per second divided by the other. Only what a step cannot do
+without counts: the head on masked positions alone, no layer computed again; but padding does.
 """
 
 import math
@@ -51,7 +51,8 @@ class Utilization:
 
     def __init__(self, model: MaskedLM, precision: Precision):
         self.dense_head, self.peak = model.dense_head, peak_rate(precision) or math.inf
-        self.known = self.peak < math.inf
+        shares_layers = hasattr(model.hf_model.config, "num_hidden_groups")  # as ALBERT does
+        self.known = self.peak < math.inf and not shares_layers
         try:
             self.flops = StepFlops(model.hf_model)
         except AttributeError:  # an unusual config

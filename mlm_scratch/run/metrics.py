@@ -113,9 +113,13 @@ class Pace:
         return {"tokens_per_second": self.tokens / seconds, **mfu}
 
     def __str__(self) -> str:
-        speed = self.speed()
-        mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
-        return f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
+        return shown_speed(self.speed())
+
+
+def shown_speed(speed: Mapping[str, float]) -> str:
+    """Say what Pace.speed returned."""
+    mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
+    return f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 class NoReport:
@@ -139,10 +143,6 @@ class NoReport:
     def results(self, final_step: int) -> dict[str, Any]:
         """Return the final numbers."""
         return {}
-
-    def summary(self, results: dict[str, Any]) -> str:
-        """Say them in a line."""
-        return ""
 
 
 class Report(NoReport):
@@ -254,15 +254,6 @@ class Report(NoReport):
             **self.whole.speed(),
         }
 
-    def summary(self, results: dict[str, Any]) -> str:
-        """Say steps, time and speed of this process, and what the perplexity came from."""
-        duration = tqdm.format_interval(results["seconds"])
-        line = f"{results['steps']:,} steps in {duration}, {self.whole} with evaluations"
-        before, after = results["before"], results["after"]
-        if "perplexity" in after and before["step"] < after["step"]:
-            line += f"; perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f}"
-        return line
-
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, "epoch": epoch_of(step, self.steps_per_epoch), **values}
         self.metrics.write(json.dumps(line) + "\n")
@@ -307,6 +298,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of metrics.jsonl."""
     with (run_dir / METRICS).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Say time, speed, and what the perplexity was before, of what Report.results returned."""
+    duration = tqdm.format_interval(results["seconds"])
+    line = f"{results['steps']:,} steps in {duration}, {shown_speed(results)} with evaluations"
+    before, after = results["before"], results["after"]
+    if "perplexity" in before and "perplexity" in after and before["step"] < after["step"]:
+        line += f"; perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f}"
+    return line
 
 
 def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -355,9 +356,11 @@ def draw_losses(run_dir: Path) -> None:
         if points:
             losses.plot(*zip(*points, strict=True), style, label=label, markersize=4)
             losses.legend()
-    losses.set(ylabel="loss (nats per masked token)", title=run_dir.name)
+    losses.set(ylabel="loss (nats per masked token)", title=run_dir.name.replace("$", r"\$"))
     for text, points in watched.items():
-        panels[1, 0].plot(*zip(*points, strict=True), "o-", label=text, markersize=4)
+        # Not TeX between dollars; and what begins with _ would be left out of the legend.
+        label = "\N{ZERO WIDTH SPACE}" + text.replace("$", r"\$")
+        panels[1, 0].plot(*zip(*points, strict=True), "o-", label=label, markersize=4)
         panels[1, 0].legend(fontsize="small")
         panels[1, 0].set(ylabel="probability of the answer", ylim=(-0.03, 1.03))
     for panel in panels[:, 0]:

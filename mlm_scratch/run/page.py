@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlm_scratch.run.metrics import answer_curves, evaluations
-from mlm_scratch.run.watch import short
+from mlm_scratch.run.watch import before_and_after, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 48, 12, 10, 28  # of a chart, in px
 TICKS = 5
@@ -111,10 +111,8 @@ def chart(curves: dict[str, Points], highest: float | None = None) -> str:
             f"<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={y(value):.1f} y2={y(value):.1f} />"
             f"<text x={LEFT - 6} y={y(value) + 4:.1f} text-anchor=end>{value:g}</text>"
         )
-    for step in ticks(last):
-        parts.append(
-            f"<text x={x(int(step)):.1f} y={HEIGHT - 8} text-anchor=middle>{step:,.0f}</text>"
-        )
+    for step in sorted({math.floor(step) for step in ticks(last)}):
+        parts.append(f"<text x={x(step):.1f} y={HEIGHT - 8} text-anchor=middle>{step:,}</text>")
     for colour, (name, points) in zip(_colours(), curves.items(), strict=False):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         shown = f"fill='{colour}' r=3" if len(points) <= MAX_DOTS else "class=hit r=5"
@@ -171,12 +169,9 @@ def _watched_table(lines: list[dict[str, Any]]) -> str:
 
 
 def _fills_table(results: dict[str, Any]) -> str:
-    before = {fill["text"]: short(fill) for fill in results["before"].get("watch", [])}
     rows = "".join(
-        f"<tr><td>{html.escape(fill['text'])}</td>"
-        f"<td>{html.escape(before.get(fill['text'], ''))}</td>"
-        f"<td>{html.escape(short(fill))}</td></tr>"
-        for fill in results["after"].get("watch", [])
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+        for cells in before_and_after(results)
     )
     steps = f"<th>step {results['before']['step']:,}</th><th>step {results['after']['step']:,}</th>"
     return f"<div class=wide><table><tr><th></th>{steps}</tr>{rows}</table></div>"

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.fill_mask import predict
-from mlm_scratch.hf.encode import MASK_SPELLINGS, encode, find_masks, use_own_mask
+from mlm_scratch.hf.encode import MASK_SPELLINGS, encode, find_masks, forward, use_own_mask
 from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.util.errors import UserError, shortened
 
@@ -28,15 +27,17 @@ class Watched:
 
     Attributes:
         text: as typed.
-        masked: with a mask for each token of the answer.
+        input_ids: (T,) with masks.
+        at: (M,) the positions of the masks.
         answer: as typed, "" if none is named.
-        answer_ids: (M,) the ids of its tokens, one per mask.
+        answer_ids: (M,) the ids of its tokens; None without an answer.
     """
 
     text: str
-    masked: str
-    answer: str
-    answer_ids: Tensor | None
+    input_ids: Tensor
+    at: Tensor
+    answer: str = ""
+    answer_ids: Tensor | None = None
 
 
 def read_watched(
@@ -51,28 +52,40 @@ def read_watched(
 
 
 def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Watched:
-    own = use_own_mask(tokenizer, text)
-    answers = [] if MASK_SPELLINGS.search(text) else list(BRACKETS.finditer(own))
+    answers = [] if MASK_SPELLINGS.search(text) else list(BRACKETS.finditer(text))
     if not answers:
-        (input_ids,) = encode(model, tokenizer, [own])["input_ids"]  # (T,)
-        find_masks(tokenizer, input_ids, text)
-        return Watched(text, own, "", None)
+        (input_ids,) = encode(model, tokenizer, [use_own_mask(tokenizer, text)])["input_ids"]
+        return Watched(text, input_ids, find_masks(tokenizer, input_ids, text))
     if len(answers) > 1:
         raise UserError(f"--watch: name one answer in {shortened(text)}, not {len(answers)}")
     (match,) = answers
-    before, answer, after = own[: match.start()], match[1], own[match.end() :]
-    # The ids of the answer are those that the sentence itself has there.
-    (ids,) = encode(model, tokenizer, [before + answer + after])["input_ids"]  # (T,)
-    for count in range(1, len(ids)):
-        masked = before + tokenizer.mask_token * count + after
-        (masked_ids,) = encode(model, tokenizer, [masked])["input_ids"]  # (T',)
-        is_mask = masked_ids == tokenizer.mask_token_id  # (T',)
-        if len(masked_ids) == len(ids) and torch.equal(masked_ids[~is_mask], ids[~is_mask]):
-            return Watched(text, masked, answer, ids[is_mask])
-    raise UserError(
-        f"--watch: {answer!r} is no word of its own for the tokenizer in {shortened(text)}: put "
-        "spaces around it, or use <mask>"
-    )
+    sentence = text[: match.start()] + match[1] + text[match.end() :]
+    # The answer's own tokens are masked, as in training. To tokenize the sentence with masks in it
+    # would be another thing: SentencePiece puts a space of its own after a mask.
+    inputs = encode(model, tokenizer, [sentence])
+    (input_ids,) = inputs["input_ids"]  # (T,)
+    start = match.start()
+    at = _tokens_of(inputs, sentence, start, start + len(match[1]))  # (M,)
+    if at is None:
+        raise UserError(
+            f"--watch: {match[1]!r} is no word of its own for the tokenizer in {shortened(text)}: "
+            "put spaces around it, or use <mask>"
+        )
+    masked = input_ids.index_fill(0, at, tokenizer.mask_token_id)  # (T,)
+    return Watched(text, masked, at, match[1], input_ids[at])
+
+
+def _tokens_of(inputs: BatchEncoding, text: str, start: int, end: int) -> Tensor | None:
+    """Return the positions, (M,), of the tokens that make text[start:end]; None if none do."""
+    if inputs.encodings is None:  # not a fast tokenizer
+        return None
+    at = []
+    for position, (first, last) in enumerate(inputs.encodings[0].offsets):
+        if last > start and first < end and last > first:
+            if text[first:start].strip() or last > end:  # it holds more than the answer
+                return None
+            at.append(position)
+    return torch.tensor(at) if at else None
 
 
 def fill_watched(
@@ -89,7 +102,10 @@ def fill_watched(
     """
     fills = []
     for each in watched if ranks.is_first else []:
-        ((_, _, probabilities),) = predict(model, tokenizer, [each.masked])  # (M, V)
+        with torch.no_grad():
+            logits = forward(model, {"input_ids": each.input_ids[None]})[0]  # (T, V)
+        # Not checked for NaN: what to do about that is the loop's business.
+        probabilities = logits[each.at.to(logits.device)].float().cpu().softmax(dim=-1)  # (M, V)
         best_p, best_ids = probabilities.max(dim=1)  # (M,), (M,)
         fill = {
             "text": each.text,
@@ -101,6 +117,16 @@ def fill_watched(
             fill |= {"answer": each.answer, "answer_p": answer_p.prod().item()}
         fills.append(fill)
     return fills
+
+
+def before_and_after(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (sentence, its first fill, its last) of Report.results.
+
+    The first is "" for a sentence that is watched since a resume only.
+    """
+    before = {fill["text"]: short(fill) for fill in results["before"].get("watch", [])}
+    after = results["after"].get("watch", [])
+    return [(fill["text"], before.get(fill["text"], ""), short(fill)) for fill in after]
 
 
 def watched_line(fill: dict[str, Any]) -> str:

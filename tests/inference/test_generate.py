@@ -61,6 +61,8 @@ def test_the_command(files, call):
     for flags, message in (
         (["--generate", 0], "--generate must be at least 1"),
         (["--generate", 2, "--remask", -1], "--remask must be at least 0"),
+        (["--remask", 1], "--remask goes with --generate only"),
+        (["--score-method", "original"], "--score-method goes with --score or --pairs only"),
         (["--generate", 2, "--targets", "is"], "--targets does not go with --generate"),
     ):
         code, _, err = call(infer, "--model", files / "model", "The Way", *flags)

@@ -53,6 +53,7 @@ def test_every_format_is_read(tmp_path):
         ("a.jsonl", "[1]", "line 1 is no JSON object"),
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("none.tsv", None, "cannot read"),
+        ("a.tsv", "a" * 140_000 + "\tb", "cannot read"),
     ],
 )
 def test_what_is_no_pair_is_reported(tmp_path, name, content, message):
@@ -78,10 +79,23 @@ def test_the_verdict_is_that_of_the_scores(method):
     assert judge(model, tokenizer, [Pair("the same", "the same")], method) == {"all pairs": [False]}
 
 
+def test_all_pairs_are_checked_before_one_is_scored(monkeypatch):
+    tokenizer = byte_level_tokenizer()
+    model = roberta(tokenizer).eval()
+    monkeypatch.setattr("mlm_scratch.inference.pairs.score_sentence", None)  # not called
+    for text, message in (("long " * 80, "the model takes 64"), ("a <mask>", "has a mask")):
+        with pytest.raises(UserError, match=message):
+            judge(model, tokenizer, [*PAIRS, Pair(text, "b")], METHODS[0])
+    monkeypatch.undo()
+    assert judge(model, tokenizer, [Pair("long " * 80, "b")], METHODS[0], truncate=True)
+
+
 def test_the_table_has_a_line_per_phenomenon():
     *rows, last = lines_of({"a": [True] * 9 + [False], "longer": [False]})
     assert rows[1].split()[:4] == ["a", "9", "10", "0.900"] and rows[2].split()[3] == "0.000"
     assert last.split()[:4] == ["all", "9", "11", "0.818"]
+    alike = lines_of({"a" * 70 + "b": [True], "a" * 70 + "c": [False], "all": [True]})
+    assert [line.split()[1:3] for line in alike][1:] == [[*"11"], [*"01"], [*"11"], [*"23"]]
 
 
 def test_the_command_prints_the_table(files, call, tmp_path):

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import BertModel
 
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.probe import __main__ as probe
 from mlm_scratch.probe.__main__ import fit_logistic, mean_states, predict
-from tests.support.tiny import save_roberta
+from tests.support.tiny import bert_config, byte_level_tokenizer, save_roberta
 
 
 @pytest.mark.parametrize("n_labels", [2, 3])
@@ -57,6 +58,7 @@ def test_no_text_is_predicted_by_a_regression_that_has_seen_it():
     """Labels at random: about half are right, though there are more weights than texts."""
     torch.manual_seed(0)
     states, targets = torch.randn(200, 300), torch.randint(2, (200,))
+    assert len({len(part) for part in torch.arange(11).tensor_split(probe.FOLDS)}) == 2
     assert 0.35 < (predict(states, targets) == targets).float().mean() < 0.65
     states[:, 0] += 20 * targets
     assert (predict(states[:, :10], targets) == targets).float().mean() > 0.99
@@ -87,7 +89,13 @@ def test_the_command_compares_two_models(tmp_path, call, name):
     assert float(difference.split()[0]) == pytest.approx(
         float(two.split()[0]) - float(one.split()[0]), abs=2e-3
     )
-    assert difference.endswith(f"{models[1]}, beside the first")
+    assert difference.endswith(f"{models[1]}, minus the first")
+
+
+def test_an_encoder_needs_no_head(tmp_path):
+    BertModel(bert_config(vocab_size=320)).save_pretrained(tmp_path)
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    assert mean_states(str(tmp_path), ["The heart.", "A whale."]).shape == (2, 32)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +104,7 @@ def test_the_command_compares_two_models(tmp_path, call, name):
         (None, "cannot read"),
         ("text,label\na,b\n", "too few texts or labels: 1, 1"),
         ("text,kind\na,b\n", "lacks the column 'label'"),
+        ("text,label\na\nb,c\n", "has a row without a text or a label"),
     ],
 )
 def test_what_cannot_be_probed_is_reported(tmp_path, call, content, message):

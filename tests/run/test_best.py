@@ -15,6 +15,7 @@ from mlm_scratch.run import state
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
+from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, step_of
 from tests.support.same import assert_same
 from tests.support.tiny import small_config
@@ -128,6 +129,15 @@ def test_patience_ends_a_run_that_no_longer_gets_better(files, losses, capsys):
     losses[10] = 1.0
     train(resumed_config("run", {"patience": 3}), resume=True)
     assert steps_kept()[0] == 12
+
+
+@pytest.mark.parametrize(
+    "flag, settings", [("--best", {"best": True}), ("--patience", {"patience": 1})]
+)
+def test_without_a_text_to_evaluate_on_nothing_can_be_the_best(files, flag, settings):
+    watch = ("Water <mask>.",)  # evaluations there are, but without a loss
+    with pytest.raises(UserError, match=f"{flag} goes by the evaluation loss"):
+        train(small_config(files, watch=watch, **settings))
 
 
 def test_no_finite_loss_is_no_best(files, losses, capsys):

@@ -64,13 +64,15 @@ def test_the_card_tells_all_and_nobodys_name(home, call, monkeypatch):
         ("tutorial", {}, ""),
         ("bundled", {"seed": 1}, " --seed 1"),
         ("tutorial", {"dataset": "a/b"}, " --dataset a/b"),
+        ("bundled", {"seed": 0, "eval_every": 0, "lr": 1.0}, " --lr 1.0 --seed 0 --eval-every 0"),
+        ("tutorial", {"model": "bundled", "init": "scratch"}, " --model bundled --init scratch"),
         (
             "tutorial",
             {"dataset": "a/b", "eval_fraction": 0.2},
             " --dataset a/b --eval-fraction 0.2",
         ),
         ("bundled", {"train_file": ("/x/y z.txt",)}, " --train-file 'y z.txt'"),
-        ("bundled", {"model": "a/b", "compile": True}, " --model a/b --compile"),
+        ("bundled", {"model": "a/b", "compile": True}, " --model a/b --init pretrained --compile"),
         (
             "tutorial",
             {"train_file": ("a.txt",), "streaming": True, "max_steps": 5},

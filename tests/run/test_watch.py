@@ -1,18 +1,22 @@
 """Watched sentences: what is masked, what is shown, and that watching changes nothing."""
 
+import json
 import math
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BertForMaskedLM
 
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.run.watch import fill_watched, read_watched, watched_line
 from mlm_scratch.util.errors import UserError
+from tests.hf.test_new_words import sentencepiece, sentencepiece_with_its_mask_outside
 from tests.support.tiny import (
     bert_config,
     byte_level_tokenizer,
@@ -21,6 +25,7 @@ from tests.support.tiny import (
     wordpiece_tokenizer,
 )
 
+LETTERS_OF = set("chloroplasts")
 SPIRAL = "The Milky Way is a [spiral] galaxy."
 
 
@@ -67,6 +72,22 @@ def test_an_answer_of_several_tokens_gets_as_many_masks():
     ]
     assert each["answer_p"] == pytest.approx(math.prod(p))
     assert each["p"] == pytest.approx(math.prod(fills[0]["score"] for fills in of_masks))
+
+
+@pytest.mark.parametrize("kind", [sentencepiece, sentencepiece_with_its_mask_outside])
+def test_the_answers_own_tokens_are_masked(kind):
+    """Where a sentence with a mask in it would have other tokens around: a space after the mask."""
+    tokenizer, model = kind()
+    model.eval()
+    (each,) = fill(("The [chloroplasts].",), model, tokenizer)
+    ids = tokenizer("The chloroplasts.", return_tensors="pt")["input_ids"]  # (1, T)
+    at = [i for i, word in enumerate(tokenizer.convert_ids_to_tokens(ids[0])) if word in LETTERS_OF]
+    masked = ids.clone()
+    masked[0, at] = tokenizer.mask_token_id
+    with torch.no_grad():
+        p = model(masked).logits[0, at].softmax(dim=-1)  # (M, V)
+    expected = p.gather(1, ids[0, at, None]).prod().item()
+    assert each["answer_p"] == pytest.approx(expected, rel=1e-4) and len(at) > 5
 
 
 def test_the_line_says_whether_it_is_right():
@@ -117,3 +138,17 @@ def test_sentences_are_watched_from_before_the_first_step(files, capsys):
     later = read_metrics(train(small_config(files, watch=sentences, **held_out)))
     assert [line["step"] for line in later if "watch" in line] == [5, 10, 12]
     assert [line["step"] for line in later if "eval_loss" in line] == [5, 10, 12]
+
+
+def test_a_resume_may_watch_other_sentences(files, capsys):
+    """Also with signs that a picture could take for a formula, and none before."""
+    run_dir = train(small_config(files, max_steps=4, eval_every=2, output_dir="run"))
+    watch = ("Of $5 the [heart] #1 is $6", "_Water <mask>_")
+    train(resumed_config("run", {"watch": watch, "max_steps": 6}), resume=True)
+    assert "fills after 4 steps, and after 6:\n    Of $5 the [heart]" in capsys.readouterr().out
+    train(resumed_config("run", {"watch": (watch[1], SPIRAL), "max_steps": 8}), resume=True)
+    assert "_Water <mask>_" in (run_dir / "model/README.md").read_text()
+    results = json.loads((run_dir / "results.json").read_text())
+    train(resumed_config("run", {}), resume=True)  # once more, without a step
+    again = json.loads((run_dir / "results.json").read_text())
+    assert again["seconds"] == results["seconds"] and again["steps"] == 2

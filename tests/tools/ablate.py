@@ -98,7 +98,7 @@ def at_visible_tokens(
     assert documents is not None
     rows = prepare_rows(documents, tokenizer, config)
     generator = torch.Generator().manual_seed(0)
-    kept, repaired, replaced = [], [], 0
+    kept, repaired = [], []
     for number in range(500):
         start, end = rows.starts[number : number + 2]
         ids = torch.from_numpy(rows.tokens[start:end].astype(np.int64))  # (T,)
@@ -108,7 +108,6 @@ def at_visible_tokens(
         noise = torch.randint(5, len(tokenizer), ids.shape, generator=generator)  # (T,)
         guesses = model(torch.where(wrong, noise, ids)[None]).logits[0].argmax(-1)  # (T,)
         repaired.append((guesses == ids)[wrong])
-        replaced += int(wrong.sum())
     return {
         "repeats a visible token": torch.cat(kept).float().mean().item(),
         "rights a wrong one": torch.cat(repaired).float().mean().item(),
