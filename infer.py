@@ -84,6 +84,8 @@ def check_arguments(arguments: argparse.Namespace, texts: list[str]) -> None:
         raise UserError("--pairs has its sentences in a file: leave the others out")
     if arguments.generate is not None and arguments.generate < 1:
         raise UserError(f"--generate must be at least 1, got {arguments.generate}")
+    if arguments.truncate and special == "generate":
+        raise UserError("--truncate does not go with --generate: leave it out")
     if arguments.remask < 0:
         raise UserError(f"--remask must be at least 0, got {arguments.remask}")
     if texts or special in ("pairs", "generate"):

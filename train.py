@@ -9,6 +9,7 @@ torchrun --nproc-per-node 2 train.py --epochs 2
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import typing
 
@@ -29,8 +30,9 @@ def main() -> None:
     for name in ("train_file", "eval_file"):
         if name in given:  # absolute, since a run may be resumed from another directory
             given[name] = tuple(map(os.path.abspath, given[name]))
-    if "add_tokens" in given:
-        given["add_tokens"] = os.path.abspath(given["add_tokens"])
+    for name in ("add_tokens", "model", "dataset"):
+        if name in given and os.path.exists(given[name]):
+            given[name] = os.path.abspath(given[name])
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
     if resume:
@@ -49,8 +51,10 @@ def main() -> None:
 
     run_dir = train(config, resume=resume)
     print(f"report: {run_dir / 'report.html'}; its picture: loss.png, its numbers: results.json")
-    print(f"all curves: tensorboard --logdir {run_dir / 'logs'}")
-    print(f"share it, with its model card: hf upload YOUR_NAME/{run_dir.name} {run_dir / MODEL}")
+    logs, model = (shlex.quote(str(run_dir / name)) for name in ("logs", MODEL))
+    print(f"all curves: tensorboard --logdir {logs}")
+    name = shlex.quote(f"YOUR_NAME/{run_dir.resolve().name}")
+    print(f"share it, with its model card: hf upload {name} {model}")
     print(f"model: {run_dir / MODEL}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
     if config.dataset == BUNDLED and this_launch().is_first:
@@ -118,7 +122,7 @@ def steps(text: str) -> float:
 
 def share(text: str) -> float | str:
     """Parse a share, or two that a run goes from and to."""
-    return text if ":" in text else float(text)
+    return ":".join(str(float(part)) for part in text.split(":")) if ":" in text else float(text)
 
 
 def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:

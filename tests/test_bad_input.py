@@ -141,7 +141,7 @@ FLAGS = [
     (["--mlm-probability", 1.5], "--mlm-probability must be above 0 and at most 1, got 1.5"),
     (["--mlm-probability", "0.3:0"], "--mlm-probability must be above 0 and at most 1, got 0.0"),
     (["--mlm-probability", "x"], "--mlm-probability: invalid share value"),
-    (["--mlm-probability", "0.3:x"], "--mlm-probability must be a share, or two as in 0.3:0.15"),
+    (["--mlm-probability", "0.3:x"], "--mlm-probability: invalid share value"),
     (["--decay-steps", 5], "--decay-steps goes with --schedule wsd only"),
     (["--dataset-revision", "v1"], "--dataset-revision names one of a --dataset"),
     (["--warmup-steps", 2.5], "--warmup-steps must be a whole number, or a share below 1"),

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm_scratch.hf.checks import longest_input
 from mlm_scratch.hf.encode import encode
 from mlm_scratch.inference.score import log_probabilities
+from mlm_scratch.util.errors import UserError
 
 SHOWN = "_"  # for a mask
 
@@ -38,6 +40,11 @@ def generate(
         UserError: with the masks, the text is too long for the model.
     """
     start = f"{text.rstrip()} " if text.strip() else ""
+    limit = longest_input(tokenizer, model)
+    if len(tokenizer(start, verbose=False)["input_ids"]) + n > limit:
+        raise UserError(
+            f"--generate {n}: text and masks are too long: the model takes {limit} tokens"
+        )
     (input_ids,) = encode(model, tokenizer, [start + tokenizer.mask_token * n])["input_ids"]  # (T,)
     written = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (n,)
     certainty = torch.zeros(len(input_ids))  # (T,) log probability of each token when it was chosen

@@ -57,7 +57,7 @@ def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is no JSON object")
@@ -76,7 +76,7 @@ def _tab_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 def _pair(path: str, number: int, row: dict[str, Any]) -> Pair:
     values = [next((row[name] for name in known if row.get(name)), None) for known in NAMES]
     good, bad, phenomenon = values
-    if not (isinstance(good, str) and isinstance(bad, str)):
+    if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
         raise UserError(f"--pairs: line {number} of {path} has no good and bad sentence")
     return Pair(good, bad) if phenomenon is None else Pair(good, bad, str(phenomenon))
 

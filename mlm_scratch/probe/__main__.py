@@ -63,7 +63,7 @@ def read_labelled(path: str, text_column: str, label_column: str) -> tuple[list[
         return [str(text) for text in columns[0]], [str(label) for label in columns[1]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} lacks the column {error} in some row") from error
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 

@@ -6,12 +6,13 @@ It names no user and no directory: of a local path, only the last part.
 import dataclasses
 import math
 import os
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlm_scratch.config import RECIPES, TrainConfig, resolve
+from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
 from mlm_scratch.run.metrics import PICTURE
 from mlm_scratch.run.watch import before_and_after
 
@@ -38,7 +39,8 @@ def model_card(
     """
     config, names = without_directories(config)
     for path, last_part in names.items():
-        sources = {purpose: text.replace(path, last_part) for purpose, text in sources.items()}
+        if os.sep in path:  # not a "." that is anywhere
+            sources = {purpose: text.replace(path, last_part) for purpose, text in sources.items()}
     name = config.model
     parts = [
         _front_matter(config),
@@ -70,7 +72,7 @@ def _text(config: TrainConfig, name: str, sources: dict[str, str]) -> str:
         "scratch": f"It has the shape of {name} and starts from random weights",
     }[config.init]
     commit = f" (commit {config.model_commit})" if config.model_commit else ""
-    read = "\n".join(f"- {purpose}: {text}" for purpose, text in sources.items())
+    read = "\n".join(f"- {purpose}: {as_markdown(text)}" for purpose, text in sources.items())
     return f"{start}{commit}.\n\n{read}"
 
 
@@ -82,7 +84,8 @@ def _outcome(results: dict[str, Any]) -> str:
             f"Perplexity of masked tokens in the evaluation text: {before['perplexity']:.2f} after "
             f"{before['step']:,} steps, {after['perplexity']:.2f} after {after['step']:,}."
         )
-    lines += [f"- {text} {first} → {last}" for text, first, last in before_and_after(results)]
+    for text, first, last in before_and_after(results):
+        lines.append(f"- {as_markdown(text)} {as_markdown(first)} → {as_markdown(last)}")
     return "\n".join(lines)
 
 
@@ -122,6 +125,11 @@ def command_line(config: TrainConfig) -> str:
     return shlex.join(map(str, words))
 
 
+def as_markdown(text: str) -> str:
+    """Escape what Markdown or HTML would take for markup, in a line."""
+    return re.sub(r"([\\`*_\[\]#|<>~$&])", r"\\\1", " ".join(text.split()))
+
+
 def settings(config: TrainConfig) -> dict[str, str]:
     """Return all settings of a run, as they are said on a command line."""
     return {
@@ -137,6 +145,8 @@ def without_directories(config: TrainConfig) -> tuple[TrainConfig, dict[str, str
     local += [*config.train_file, *config.eval_file]
     local += [config.add_tokens] if config.add_tokens else []
     names = {path: Path(path).resolve().name for path in local}
+    # Not taken for the built-in model or corpus.
+    names |= {path: f"./{BUNDLED}" for path, name in names.items() if name == BUNDLED}
     changed: dict[str, Any] = {
         "train_file": tuple(names[path] for path in config.train_file),
         "eval_file": tuple(names[path] for path in config.eval_file),

@@ -1,8 +1,11 @@
 """What a finished run leaves behind: model/ with a model card, results.json, report.html."""
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.hf.load import load_model
@@ -35,16 +38,15 @@ def leave_behind(t: Training, report: NoReport) -> None:
         print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
     final_step = _save_final_model(t)
     results, lines = report.results(final_step), read_metrics(t.run_dir)
-    if results["steps"] == 0 and (t.run_dir / RESULTS).exists():  # a finished run, resumed
-        old = json.loads((t.run_dir / RESULTS).read_text(encoding="utf-8"))
-        results |= {name: old[name] for name in old.keys() - {"step", "before", "after"}}
+    if results["steps"] == 0:  # a finished run, resumed
+        results |= _time_and_speed_before(t.run_dir)
     card = model_card(t.config, t.sources, t.loader.rows_per_step, results, lines)
     (t.run_dir / MODEL / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(t.run_dir / PICTURE, t.run_dir / MODEL)
-    (t.run_dir / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+    _write(t.run_dir / RESULTS, json.dumps(results, indent=2))
     is_stream = isinstance(t.loader, StreamLoader)
     page = report_page(
-        t.run_dir.name,
+        t.run_dir.resolve().name,
         lines,
         results,
         summary(results),
@@ -52,12 +54,28 @@ def leave_behind(t: Training, report: NoReport) -> None:
         {**t.sources, **settings(t.config)},
         command_line(t.config),
     )
-    (t.run_dir / PAGE).write_text(page, encoding="utf-8")
+    _write(t.run_dir / PAGE, page)
     print(summary(results))
     if fills := before_and_after(results):
         before, after = results["before"]["step"], results["after"]["step"]
         print(f"fills after {before:,} steps, and after {after:,}:")
         print(*(f"    {text}  {first}  ->  {last}" for text, first, last in fills), sep="\n")
+
+
+def _time_and_speed_before(run_dir: Path) -> dict[str, Any]:
+    """Return those of the process that ran the last steps, as far as they are known."""
+    try:
+        old = json.loads((run_dir / RESULTS).read_text(encoding="utf-8"))
+        return {name: old[name] for name in ("steps", "seconds", "tokens_per_second")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _save_final_model(t: Training) -> int:

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -356,7 +357,9 @@ def draw_losses(run_dir: Path) -> None:
         if points:
             losses.plot(*zip(*points, strict=True), style, label=label, markersize=4)
             losses.legend()
-    losses.set(ylabel="loss (nats per masked token)", title=run_dir.name.replace("$", r"\$"))
+    losses.set(
+        ylabel="loss (nats per masked token)", title=run_dir.resolve().name.replace("$", r"\$")
+    )
     for text, points in watched.items():
         # Not TeX between dollars; and what begins with _ would be left out of the legend.
         label = "\N{ZERO WIDTH SPACE}" + text.replace("$", r"\$")
@@ -366,5 +369,7 @@ def draw_losses(run_dir: Path) -> None:
     for panel in panels[:, 0]:
         panel.grid(alpha=0.3)
     panels[-1, 0].set(xlabel="step")
-    figure.savefig(run_dir / PICTURE, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # its font has no Chinese: boxes will do
+        figure.savefig(run_dir / PICTURE, dpi=120)
     pyplot.close(figure)

@@ -52,6 +52,8 @@ def read_watched(
 
 
 def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Watched:
+    if not text.isprintable():
+        raise UserError(f"--watch: {shortened(text)} is not printable text in one line")
     answers = [] if MASK_SPELLINGS.search(text) else list(BRACKETS.finditer(text))
     if not answers:
         (input_ids,) = encode(model, tokenizer, [use_own_mask(tokenizer, text)])["input_ids"]

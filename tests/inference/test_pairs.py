@@ -51,6 +51,8 @@ def test_every_format_is_read(tmp_path):
         ("a.tsv", "", "has no pairs"),
         ("a.jsonl", '{"good": "a", "bad": "b"}\n{"good": "a"}', "line 2 of .* has no good and"),
         ("a.jsonl", "[1]", "line 1 is no JSON object"),
+        ("a.jsonl", "[" * 200_000, "line 1 is not JSON"),
+        ("a.tsv", " \t b", "line 1 of .*a.tsv has no good and bad sentence"),
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("none.tsv", None, "cannot read"),
         ("a.tsv", "a" * 140_000 + "\tb", "cannot read"),

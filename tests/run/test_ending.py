@@ -14,7 +14,7 @@ from mlm_scratch.run.card import MAX_ROWS, command_line, model_card, without_dir
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.same import assert_same
-from tests.support.tiny import small_config
+from tests.support.tiny import small_config, small_flags
 
 SETTINGS = {
     "watch": ("Paris is the [capital] of France.",),
@@ -83,6 +83,19 @@ def test_the_card_tells_all_and_nobodys_name(home, call, monkeypatch):
 def test_the_command_line_says_what_is_not_implied(recipe, given, expected):
     config, _ = without_directories(resolve(recipe, given))
     assert command_line(config) == f"python train.py --recipe {recipe}{expected}"
+
+
+@pytest.mark.parametrize("name", ["bundled", "."])
+def test_any_directory_may_hold_the_model(files, call, monkeypatch, tmp_path, name):
+    """Also one called as the built-in model is, or a path that is part of any other."""
+    shutil.copytree(files / "model", tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path if name == "bundled" else tmp_path / name / "bundled")
+    flags = [*small_flags(files)[2:], "--max-steps", 1, "--output-dir", tmp_path / "run of $x"]
+    code, out, err = call(command, "--model", name, *flags)
+    assert code == 0, err
+    assert f"hf upload 'YOUR_NAME/run of $x' '{tmp_path}/run of $x/model'" in out
+    card = (tmp_path / "run of $x/model/README.md").read_text()
+    assert "- training: a.txt (version " in card and "--model ./bundled" in card
 
 
 def test_the_card_of_models_and_data_of_the_hub():

@@ -102,6 +102,7 @@ def test_the_line_says_whether_it_is_right():
     "text, message",
     [
         ("no gap at all", "no <mask> in the text 'no gap at all'"),
+        ("A <mask>\nb", "is not printable text in one line"),
         ("[two] of [them]", "name one answer in '\\[two\\] of \\[them\\]', not 2"),
         ("T[h]e Milky Way", "'h' is no word of its own for the tokenizer"),
         ("long " * 80 + "<mask>", "the model takes 64"),
@@ -147,8 +148,11 @@ def test_a_resume_may_watch_other_sentences(files, capsys):
     train(resumed_config("run", {"watch": watch, "max_steps": 6}), resume=True)
     assert "fills after 4 steps, and after 6:\n    Of $5 the [heart]" in capsys.readouterr().out
     train(resumed_config("run", {"watch": (watch[1], SPIRAL), "max_steps": 8}), resume=True)
-    assert "_Water <mask>_" in (run_dir / "model/README.md").read_text()
+    assert r"\_Water \<mask\>\_" in (run_dir / "model/README.md").read_text()
     results = json.loads((run_dir / "results.json").read_text())
     train(resumed_config("run", {}), resume=True)  # once more, without a step
     again = json.loads((run_dir / "results.json").read_text())
     assert again["seconds"] == results["seconds"] and again["steps"] == 2
+    (run_dir / "results.json").write_text("[]")  # cut short, perhaps
+    train(resumed_config("run", {}), resume=True)
+    assert json.loads((run_dir / "results.json").read_text())["after"] == results["after"]
