@@ -34,6 +34,10 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if isinstance(error, RuntimeError) and self.ranks.by_torchrun and self._previous:
+            # Another rank is gone, perhaps. torchrun then stops this one by SIGTERM, which must not
+            # come before the line that says so.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def agreed_by_all_ranks(self) -> bool:
         """Whether any rank received a signal. All ranks call this at the same point (all-reduce).

@@ -145,15 +145,12 @@ def test_a_revision_is_pinned_and_a_resume_loads_what_the_run_was_begun_with(tmp
         resumed = call(environment, "--resume", "--output-dir", "newest", "--max-steps", "4")
         assert resumed.returncode == 0, resumed.stderr
         assert "text: 32 documents" in resumed.stdout and commits_of("newest") == commits
-        stream = [*flags, "--streaming", "--revision", "v1", "--output-dir", "stream"]
-        run = call(environment, *stream)
+        of_each = ["--revision", "v1", "--dataset-revision", commits[1]]
+        run = call(environment, *flags, *of_each, "--streaming", "--output-dir", "stream")
         assert run.returncode == 0, run.stderr
-        assert commits_of("stream") == first
+        assert commits_of("stream") == [first[0], commits[1]]
         unknown = call(environment, *flags, "--revision", "v9")
         assert unknown.returncode == 2 and len(unknown.stderr.splitlines()) == 1
-        mixed = call(environment, *flags, "--revision", first[0], "--dataset-revision", commits[1])
-        assert mixed.returncode == 0, mixed.stderr
-        assert commits_of("runs/tutorial") == [first[0], commits[1]]
 
 
 @pytest.mark.slow

@@ -52,10 +52,9 @@ def test_every_format_is_read(tmp_path):
         ("a.jsonl", '{"good": "a", "bad": "b"}\n{"good": "a"}', "line 2 of .* has no good and"),
         ("a.jsonl", "[1]", "line 1 is no JSON object"),
         ("a.jsonl", "[" * 200_000, "line 1 is not JSON"),
-        ("a.tsv", " \t b", "line 1 of .*a.tsv has no good and bad sentence"),
+        ("a.tsv", "good\tbad\n\t b", "line 2 of .*a.tsv has no good and bad sentence"),
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("none.tsv", None, "cannot read"),
-        ("a.tsv", "a" * 140_000 + "\tb", "cannot read"),
     ],
 )
 def test_what_is_no_pair_is_reported(tmp_path, name, content, message):

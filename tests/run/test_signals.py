@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.parallel.ranks import ALONE
 from mlm_scratch.run import state
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
+from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.util.runs import checkpoints, find_fault, step_of
 from tests.support.processes import ROOT, Fork
 from tests.support.same import assert_same_run
@@ -164,3 +166,21 @@ def test_a_signal_while_tokenizing_ends_immediately_and_leaves_nothing(
     assert ended == code and time.monotonic() - begin < 10
     assert "Traceback" not in err
     assert not Path("runs").exists() and not list(tmp_path.glob("cache/*"))
+
+
+def test_the_line_about_a_lost_rank_is_not_cut_off_by_torchrun():
+    """It sends SIGTERM to the others. After other errors, the handlers are as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    by_torchrun = replace(ALONE, by_torchrun=True)
+    try:
+        for ranks, error, ignored in (
+            (by_torchrun, RuntimeError, True),
+            (by_torchrun, ValueError, False),
+            (ALONE, RuntimeError, False),
+        ):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with pytest.raises(error), StopRequest(ranks):
+                raise error
+            assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) == ignored
+    finally:
+        signal.signal(signal.SIGTERM, before)
