@@ -100,9 +100,11 @@ def chart(curves: dict[str, Points], highest: float | None = None) -> str:
     top = highest or max(value for _, value in every) or 1.0
 
     def x(step: int) -> float:
+        """Place a step, in px."""
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
 
     def y(value: float) -> float:
+        """Place a value, in px."""
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top
 
     parts = []
