@@ -11,6 +11,7 @@ python infer.py --generate 12 "The Milky Way"
 import argparse
 import io
 import sys
+from itertools import chain
 
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
@@ -30,30 +31,30 @@ def main() -> None:
     from mlm_scratch.hf.checks import check_fit
     from mlm_scratch.hf.encode import use_own_mask
     from mlm_scratch.hf.load import load_model, load_tokenizer
-    from mlm_scratch.inference import pairs
     from mlm_scratch.inference.generate import generate
     from mlm_scratch.inference.output import Output
+    from mlm_scratch.inference.pairs import judge, lines_of, read_pairs
     from mlm_scratch.inference.score import METHODS
     from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    read = pairs.read_pairs(arguments.pairs) if arguments.pairs is not None else []
+    pairs = read_pairs(arguments.pairs) if arguments.pairs is not None else []
     device = choose_precision(arguments.device, "fp32").device
     tokenizer = load_tokenizer(model_name)
     model = load_model(model_name, dtype="auto").eval().to(device)
     check_fit(tokenizer, model, model_name)
-    if read:
-        right = pairs.judge(
-            model, tokenizer, read, arguments.score_method or METHODS[0], arguments.truncate
-        )
-        print(*pairs.lines_of(right), sep="\n")
+    score_method = arguments.score_method or METHODS[0]
+    if pairs:
+        right = judge(model, tokenizer, pairs, score_method, arguments.truncate)
+        print(*lines_of(right), sep="\n")
         return
     texts = [use_own_mask(tokenizer, text) for text in texts]
     if arguments.generate:
-        for text in texts or [""]:
-            for line in generate(model, tokenizer, text, arguments.generate, arguments.remask):
-                print(line, flush=True)
+        n, remask = arguments.generate, arguments.remask
+        rounds = (generate(model, tokenizer, text, n, remask) for text in texts or [""])
+        for line in chain.from_iterable(rounds):
+            print(line, flush=True)
         return
     output = Output(
         model,
@@ -62,7 +63,7 @@ def main() -> None:
         top_k=arguments.top_k,
         targets=arguments.targets,
         truncate=arguments.truncate,
-        score_method=arguments.score_method or METHODS[0],
+        score_method=score_method,
         with_steps=bool(arguments.texts),
     )
     output.check(texts)  # all of them, before anything is printed

@@ -36,8 +36,8 @@ def main() -> None:
     import torch
 
     targets = torch.tensor([names.index(label) for label in labels])  # (N,)
-    frequent = targets.bincount().max().item() / n
-    print(f"{n:,} texts, {len(names)} labels, {FOLDS} folds; most frequent label: {frequent:.3f}")
+    most = targets.bincount().max().item() / n
+    print(f"{n:,} texts, {len(names)} labels, {FOLDS} folds; most frequent label: {most:.3f}")
     print(f"{'accuracy':<10}{'95 % interval':<18}model")
     right = []
     for model in models:
@@ -99,31 +99,31 @@ def predict(states: "Tensor", targets: "Tensor") -> "Tensor":
     for held_out in order.tensor_split(FOLDS):
         rest = ~torch.isin(torch.arange(len(targets)), held_out)  # (N,)
         mean, deviation = states[rest].mean(dim=0), states[rest].std(dim=0) + 1e-6  # (H,), (H,)
-        scaled = (states - mean) / deviation  # (N, H)
+        scaled = ((states - mean) / deviation).double()  # (N, H)
         weights, bias = fit_logistic(scaled[rest], targets[rest], int(targets.max()) + 1)
-        predicted[held_out] = (scaled[held_out].double() @ weights.T + bias).argmax(dim=1)
+        predicted[held_out] = (scaled[held_out] @ weights.T + bias).argmax(dim=1)
     return predicted
 
 
 def fit_logistic(
     inputs: "Tensor", targets: "Tensor", n_labels: int, penalty: float = 1.0
 ) -> tuple["Tensor", "Tensor"]:
-    """Fit a multinomial logistic regression: weights (labels, H), bias (labels,).
+    """Fit a multinomial logistic regression, in fp64: weights (labels, H), bias (labels,).
 
     It minimizes the summed cross-entropy plus penalty / 2 x the sum of the squared weights.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    inputs = inputs.double()
     weights = torch.zeros(n_labels, inputs.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(n_labels, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=1000, line_search_fn="strong_wolfe")
 
     def loss() -> "Tensor":
+        """Return the loss, with its gradients computed."""
         optimizer.zero_grad()
-        fit = cross_entropy(inputs @ weights.T + bias, targets, reduction="sum")
-        value = fit + penalty / 2 * weights.square().sum()
+        logits = inputs @ weights.T + bias  # (N, labels)
+        value = cross_entropy(logits, targets, reduction="sum") + penalty / 2 * (weights**2).sum()
         value.backward()
         return value
 

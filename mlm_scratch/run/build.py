@@ -63,9 +63,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     model = adapt(hf_model, config, ranks)
     why = ""
     if config.precision == "auto" and precision.device.type == "cpu":
-        faster = ranks.rank0_decides(lambda: faster_precision_on_cpu(model, config.block_size))
-        why = " (faster here than fp32)" if faster == "bf16" else " (bf16 is not faster here)"
-        config = replace(config, precision=faster)  # noted in run.json: a resume keeps to it
+        config, why = try_precisions(config, model, ranks)
         precision = choose_precision(config.device, config.precision)
     print(
         f"model: {type(hf_model).__name__} ({config.model}{_at(config)}, {config.init}), "
@@ -185,6 +183,16 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Maske
             raise UserError(f"--gradient-checkpointing: {error}") from error
         hf_model.config.use_cache = False  # or decoders in disguise, such as BERT, warn each time
     return model
+
+
+def try_precisions(config: TrainConfig, model: MaskedLM, ranks: Ranks) -> tuple[TrainConfig, str]:
+    """Choose bf16 or fp32 for a CPU: return the settings with it, noted in run.json, and why.
+
+    A resume keeps to what was found.
+    """
+    faster = ranks.rank0_decides(lambda: faster_precision_on_cpu(model, config.block_size))
+    why = " (faster here than fp32)" if faster == "bf16" else " (bf16 is not faster here)"
+    return replace(config, precision=faster), why
 
 
 def what_was_found(model: MaskedLM, config: TrainConfig, resumed: bool) -> str:

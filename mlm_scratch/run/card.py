@@ -41,7 +41,7 @@ def model_card(
     for path, last_part in names.items():
         if os.sep in path:  # not a "." that is anywhere
             sources = {purpose: text.replace(path, last_part) for purpose, text in sources.items()}
-    name = config.model
+    name = "a small ModernBERT" if config.model == BUNDLED else config.model
     parts = [
         _front_matter(config),
         f"# {name}, trained{'' if config.init == 'scratch' else ' further'} as a masked-LM",

@@ -12,7 +12,14 @@ from mlm_scratch.hf.load import load_model
 from mlm_scratch.run.card import command_line, model_card, settings
 from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.first_row import first_row_lines
-from mlm_scratch.run.metrics import PICTURE, NoReport, lowest, read_metrics, summary
+from mlm_scratch.run.metrics import (
+    PICTURE,
+    NoReport,
+    draw_losses,
+    lowest,
+    read_metrics,
+    summary,
+)
 from mlm_scratch.run.page import report_page
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
@@ -36,7 +43,10 @@ def leave_behind(t: Training, report: NoReport) -> None:
         )
     if nonfinite := t.losses.nonfinite.item():
         print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
-    final_step = _save_final_model(t)
+    try:
+        final_step = _save_final_model(t)  # first of all: whatever fails later, the model is there
+    finally:
+        draw_losses(t.run_dir)  # also of a run whose weights are lost: it shows where
     results, lines = report.results(final_step), read_metrics(t.run_dir)
     if results["steps"] == 0:  # a finished run, resumed
         results |= _time_and_speed_before(t.run_dir)
@@ -79,10 +89,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _save_final_model(t: Training) -> int:
-    """Write model/: of the last step, or with --best the best. Returns its step.
-
-    First of all: whatever fails later, the model is there.
-    """
+    """Write model/: of the last step, or with --best the best. Returns its step."""
     best_step = _best_step(t) if t.config.best else None
     if best_step is not None and best_step < t.steps_done:
         checkpoint, loss = t.run_dir / f"checkpoint-{best_step}", t.evaluations[best_step]

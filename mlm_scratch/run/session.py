@@ -68,9 +68,9 @@ class Run:
         t = self.training
         t.saver.finish()
         self.report.close()
-        if t.ranks.is_first:
-            draw_losses(t.run_dir)
         if self.stop.agreed:
+            if t.ranks.is_first:
+                draw_losses(t.run_dir)
             print(f"stopped; go on with: {_resume_command(t.run_dir)}", flush=True)
             raise SystemExit(128 + self.stop.agreed)
         if t.ranks.is_first:

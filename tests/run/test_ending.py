@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -10,7 +11,10 @@ from safetensors.torch import load_file
 
 import train as command
 from mlm_scratch.config import resolve
+from mlm_scratch.hf.load import load_model
+from mlm_scratch.run import ending
 from mlm_scratch.run.card import MAX_ROWS, command_line, model_card, without_directories
+from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.same import assert_same
@@ -85,6 +89,19 @@ def test_the_command_line_says_what_is_not_implied(recipe, given, expected):
     assert command_line(config) == f"python train.py --recipe {recipe}{expected}"
 
 
+@pytest.mark.parametrize("part", ["draw_losses", "model_card", "report_page"])
+def test_the_model_is_there_whatever_fails_after_it(files, monkeypatch, part):
+    def failing(*_):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no"):
+        patch.setattr(ending, part, failing)
+        train(small_config(files, max_steps=2, output_dir="run"))
+    load_model(Path("run/model"))
+    train(resumed_config("run", {}), resume=True)  # makes up for it
+    assert Path("run/report.html").is_file() and Path("run/model/README.md").is_file()
+
+
 @pytest.mark.parametrize("name", ["bundled", "."])
 def test_any_directory_may_hold_the_model(files, call, monkeypatch, tmp_path, name):
     """Also one called as the built-in model is, or a path that is part of any other."""
@@ -96,6 +113,12 @@ def test_any_directory_may_hold_the_model(files, call, monkeypatch, tmp_path, na
     assert f"hf upload 'YOUR_NAME/run of $x' '{tmp_path}/run of $x/model'" in out
     card = (tmp_path / "run of $x/model/README.md").read_text()
     assert "- training: a.txt (version " in card and "--model ./bundled" in card
+
+
+def test_the_card_of_the_bundled_model():
+    results = {"step": 0, "before": {}, "after": {}}
+    card = model_card(resolve("bundled", {}), {}, 48, results, [])
+    assert "It has the shape of a small ModernBERT and starts from random weights" in card
 
 
 def test_the_card_of_models_and_data_of_the_hub():
