@@ -212,8 +212,8 @@ class TrainConfig:
     precision: str = _option(
         "auto",
         "arithmetic of the matrix products; auto: on a CUDA GPU bf16 if it has it, else fp16; on a "
-        "CPU bf16 if a small batch is faster in it; else fp32; on a CUDA GPU, fp32 multiplies in "
-        "TF32 (10 bits of mantissa)",
+        "CPU with AMX or AVX512-BF16 bf16 if the hidden size is at least 256; else fp32; on a CUDA "
+        "GPU, fp32 multiplies in TF32 (10 bits of mantissa)",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")

@@ -5,7 +5,6 @@ works or falls back to the plain path.
 """
 
 import copy
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -146,39 +145,20 @@ def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
     return unused
 
 
-def faster_precision_on_cpu(model: MaskedLM, length: int) -> str:
-    """Return "bf16" if the model trains clearly faster in it on this CPU, else "fp32".
-
-    Only some CPUs multiply in bf16, and where the products are small, the casts cost more than
-    those gain. So a small batch runs through the encoder and back, three times each.
-
-    Args:
-        model: on the CPU.
-        length: tokens per row.
-    """
-    hf_model = copy_with_the_same_weights(model.hf_model)
-    encoder = hf_model.base_model
-    table = hf_model.get_input_embeddings().weight  # (V, H) takes part in no product
-    weights = [w for w in encoder.parameters() if w.requires_grad and w is not table]
-    input_ids, attention_mask = _rows_of([length] * max(1, 256 // length), model)  # (B, T) each
-
-    def seconds(dtype: torch.dtype) -> float:
-        """Measure one forward and backward pass, without a trace in the weights' gradients."""
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            output = encoder(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = output["last_hidden_state"]  # (B, T, H)
-        torch.autograd.grad(hidden.float().square().sum(), weights, allow_unused=True)
-        return time.perf_counter() - start
-
+def bf16_works(model: MaskedLM) -> bool:
+    """Whether the model runs forward and backward with bf16 products on a CPU."""
+    tried = copy_with_the_same_weights(model)
     try:
-        pairs = [(seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(3)]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = tried.logits(*_small_batch(model), None)  # (B * T, V)
+        logits.float().sum().backward()
     except DEVICE_ERRORS:
         raise
     except REFUSALS:
-        return "fp32"
-    # Without the first pair, which warms up. All of them, lest another process decides.
-    return "bf16" if all(bf16 < fp32 / 1.25 for fp32, bf16 in pairs[1:]) else "fp32"
+        return False
+    finally:
+        model.zero_grad()
+    return True
 
 
 def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | Path) -> None:

@@ -16,7 +16,6 @@ from mlm_scratch.data.packing import Layout
 from mlm_scratch.data.rows import TokenRows, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.checks import (
-    faster_precision_on_cpu,
     packing_works,
     ready_mask_works,
     sparse_head_works,
@@ -38,6 +37,7 @@ from mlm_scratch.run.schedules import rate_schedule
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.run.watch import read_watched
+from mlm_scratch.speed.bf16_on_cpu import precision_on_cpu
 from mlm_scratch.util.errors import UserError
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
@@ -63,7 +63,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     model = adapt(hf_model, config, ranks)
     why = ""
     if config.precision == "auto" and precision.device.type == "cpu":
-        config, why = try_precisions(config, model, ranks)
+        chosen, reason = ranks.rank0_decides(lambda: precision_on_cpu(model))
+        config, why = replace(config, precision=chosen), f" ({reason})"  # a resume keeps to it
         precision = choose_precision(config.device, config.precision)
     print(
         f"model: {type(hf_model).__name__} ({config.model}{_at(config)}, {config.init}), "
@@ -183,16 +184,6 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Maske
             raise UserError(f"--gradient-checkpointing: {error}") from error
         hf_model.config.use_cache = False  # or decoders in disguise, such as BERT, warn each time
     return model
-
-
-def try_precisions(config: TrainConfig, model: MaskedLM, ranks: Ranks) -> tuple[TrainConfig, str]:
-    """Choose bf16 or fp32 for a CPU: return the settings with it, noted in run.json, and why.
-
-    A resume keeps to what was found.
-    """
-    faster = ranks.rank0_decides(lambda: faster_precision_on_cpu(model, config.block_size))
-    why = " (faster here than fp32)" if faster == "bf16" else " (bf16 is not faster here)"
-    return replace(config, precision=faster), why
 
 
 def what_was_found(model: MaskedLM, config: TrainConfig, resumed: bool) -> str:

@@ -1,7 +1,5 @@
 """What a model can do, detected by running it, and whether it fits its tokenizer."""
 
-import time
-
 import pytest
 import torch
 from transformers import (
@@ -13,8 +11,8 @@ from transformers import (
 )
 
 from mlm_scratch.hf.checks import (
+    bf16_works,
     check_fit,
-    faster_precision_on_cpu,
     ignores_padding,
     longest_input,
     sparse_head_works,
@@ -58,30 +56,17 @@ def test_checks_leave_the_model_as_it_is():
     assert model.bert.attention_type == "original_full"
 
 
-@pytest.mark.parametrize(
-    "in_fp32, in_bf16, expected",
-    [("slow", "fast", "bf16"), ("fast", "slow", "fp32"), ("slow", "slow", "fp32")],
-)
-def test_the_faster_precision_is_found_by_trying(in_fp32, in_bf16, expected):
-    def hook(*_):
-        pace = in_bf16 if torch.is_autocast_enabled("cpu") else in_fp32
-        time.sleep(0.1 if pace == "slow" else 0)
-
+def test_a_model_that_refuses_bf16_is_detected():
     model = MaskedLM(roberta(TOKENIZER))
-    model.hf_model.roberta.encoder.register_forward_pre_hook(hook)
-    assert faster_precision_on_cpu(model, length=16) == expected
-    assert all(weight.grad is None for weight in model.parameters())
+    assert bf16_works(model)
 
-
-def test_a_model_that_refuses_bf16_stays_in_fp32():
-    def hook(*_):
-        time.sleep(0.1)
+    def refuse(*_):
         if torch.is_autocast_enabled("cpu"):
             raise RuntimeError("not implemented for 'BFloat16'")
 
-    model = MaskedLM(roberta(TOKENIZER))
-    model.hf_model.roberta.encoder.register_forward_pre_hook(hook)
-    assert faster_precision_on_cpu(model, length=16) == "fp32"
+    model.hf_model.roberta.encoder.register_forward_pre_hook(refuse)
+    assert not bf16_works(model)
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_longest_input():

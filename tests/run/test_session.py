@@ -82,15 +82,15 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
     )
 
 
-def test_a_resume_keeps_the_precision_that_was_found_faster(files, monkeypatch, capsys):
-    monkeypatch.setattr(build, "faster_precision_on_cpu", lambda *_: "bf16")
+def test_a_resume_keeps_the_precision_that_was_chosen(files, monkeypatch, capsys):
+    monkeypatch.setattr(build, "precision_on_cpu", lambda model: ("bf16", "it gains"))
     run_dir = train(small_config(files, precision="auto", max_steps=3))
-    assert "on CPU, bf16 (faster here than fp32)" in capsys.readouterr().out
-    monkeypatch.setattr(build, "faster_precision_on_cpu", lambda *_: "fp32")
+    assert "on CPU, bf16 (it gains), head" in capsys.readouterr().out
+    monkeypatch.setattr(build, "precision_on_cpu", lambda model: ("fp32", "it does not"))
     train(resumed_config(run_dir, {"max_steps": 6}), resume=True)
     assert "on CPU, bf16, head" in capsys.readouterr().out
     train(resumed_config(run_dir, {"max_steps": 9, "precision": "auto"}), resume=True)
-    assert "on CPU, fp32 (bf16 is not faster here)" in capsys.readouterr().out
+    assert "on CPU, fp32 (it does not), head" in capsys.readouterr().out
     assert json.loads((run_dir / "run.json").read_text())["config"]["precision"] == "fp32"
 
 

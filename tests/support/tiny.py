@@ -109,7 +109,7 @@ def small_config(files: Path, **settings: Any) -> TrainConfig:
             "lr": 1e-3,
             "log_every": 3,
             "device": "cpu",
-            "precision": "fp32",  # auto goes by the clock
+            "precision": "fp32",
             "eval_fraction": 0.0,
             **settings,
         },
