@@ -1,18 +1,71 @@
-"""What isolates every test: no network, no caches of the user's, its own runs/."""
+"""What isolates every test: no network, no GPU, no caches of the user's, its own runs/.
+
+GPUs are hidden from this process and from those that it starts, so that a test computes the same on
+every machine. Tests marked `cuda` see them.
+"""
 
 import io
 import os
 import signal
+import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 
 from mlm_scratch.util.errors import run_command
 
+ROOT = Path(__file__).parents[1]
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it; tests of the Hub unset it
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads wait for each other where a core is busy
+torch.set_num_threads(1)
 # A shell makes its background jobs ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# ---- GPUs
+
+HAS_CUDA = torch.cuda.is_available()  # CUDA reads the variable below once: at the first question
+HIDING = pytest.MonkeyPatch()
+
+
+def hide_gpus():
+    """Answer whoever asks for a GPU, here or in another process, that there is none."""
+    HIDING.setattr(torch.cuda, "is_available", lambda: False)
+    HIDING.setattr(torch.cuda, "device_count", lambda: 0)
+    HIDING.setattr(torch.backends.mps, "is_available", lambda: False)
+    HIDING.setenv("CUDA_VISIBLE_DEVICES", "")
+    forget_answers()
+
+
+def show_gpus():
+    """Undo `hide_gpus`."""
+    HIDING.undo()
+    forget_answers()
+
+
+def forget_answers():
+    """Let transformers ask again."""
+    from transformers.utils.import_utils import is_torch_cuda_available
+
+    is_torch_cuda_available.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def gpus_where_marked(request):
+    """Show the GPUs to the tests marked `cuda`, but not to the fixtures that tests share."""
+    if "cuda" not in request.keywords:
+        yield
+        return
+    show_gpus()
+    yield
+    hide_gpus()
+
+
+# ---- Directories and command lines
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +78,26 @@ def own_cache(tmp_path_factory):
         patch.setattr("datasets.config.HF_DATASETS_CACHE", base / "datasets")
         patch.chdir(base)  # runs/ of module fixtures
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def main_job(request, own_cache, tmp_path_factory):
+    """Start `python train.py --epochs 2`, if it is to be tested, beside the tests before that."""
+    if not any(item.path.name == "test_bundled.py" for item in request.session.items):
+        yield None
+        return
+    directory = tmp_path_factory.mktemp("main_job")
+    with (directory / "out").open("w") as out, (directory / "err").open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", "--epochs", "2"],
+            cwd=directory,
+            env=os.environ | {"MLM_SCRATCH_CACHE": str(directory / "cache")},
+            stdout=out,
+            stderr=err,
+        )
+    yield process, directory
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +136,43 @@ def files_without_dropout(tmp_path_factory):
 
 
 @pytest.fixture
+def in_background(monkeypatch):
+    """Save in the background, as on a GPU. Returns a list of the savers that are made."""
+    from mlm_scratch.run import build
+
+    savers, make = [], build.Saver
+
+    def saver(in_background):
+        savers.append(make(in_background=True))
+        return savers[-1]
+
+    monkeypatch.setattr(build, "Saver", saver)
+    return savers
+
+
+@pytest.fixture
+def late_writer(in_background, monkeypatch):
+    """Save in the background, but begin to write only once somebody waits for it."""
+    from mlm_scratch.run import state
+    from mlm_scratch.run.saver import Saver
+
+    save, finish = state.save_checkpoint, Saver.finish
+    is_awaited = threading.Event()
+
+    def late(*args):
+        is_awaited.wait()
+        save(*args)
+
+    def awaited(self):
+        is_awaited.set()
+        finish(self)
+        is_awaited.clear()
+
+    monkeypatch.setattr(state, "save_checkpoint", late)
+    monkeypatch.setattr(Saver, "finish", awaited)
+
+
+@pytest.fixture
 def rows_of_each_pass(monkeypatch):
     """The number of rows of each forward pass."""
     from transformers import RobertaForMaskedLM
@@ -78,17 +188,21 @@ def rows_of_each_pass(monkeypatch):
 
 
 def pytest_configure(config):
-    """Register the markers."""
+    """Register the markers; hide the GPUs, from the collection of tests, too."""
+    hide_gpus()
     config.addinivalue_line("markers", "cuda: needs a GPU")
     config.addinivalue_line("markers", "hub: needs the real Hugging Face Hub")
     config.addinivalue_line("markers", 'slow: takes over 3 s; leave out with -m "not slow"')
 
 
+def pytest_unconfigure():
+    """Leave the process as it was."""
+    show_gpus()
+
+
 def pytest_collection_modifyitems(items):
     """Skip the tests for a GPU where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if not HAS_CUDA:
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))

@@ -121,11 +121,12 @@ def test_weights_are_fp32_and_matrix_products_half_precision(config):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_resume_restores_the_scaler(config, device):
+def test_a_resume_restores_the_scaler(config, device, late_writer):
     config = replace(config, device=device, precision="fp16", output_dir="run", save_every=6)
     t = prepare(config)
     with_scale(t, 2.0**40)
     steps(t, 6)
+    t.saver.finish()
     assert t.scaler.get_scale() < 2.0**40
     again = prepare(config, Path("run/checkpoint-6"))
     assert again.scaler.state_dict() == t.scaler.state_dict()

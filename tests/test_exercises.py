@@ -137,13 +137,13 @@ def test_generate_at_which_rates_a_model_trained_at_all_of_them_predicts_better(
     tmp_path, monkeypatch
 ):
     """Where nearly all is masked; where little is, the one trained at 25 % is better."""
-    settings = {"max_steps": 250, "save_every": 0, "precision": "fp32", "device": "cpu"}
+    settings = {"max_steps": 150, "save_every": 0, "precision": "fp32", "device": "cpu"}
     losses = {}
     for name, collator in (("25 %", Collator), ("U(0, 1)", RatePerRow)):
         monkeypatch.setattr(build, "Collator", collator)
         config = resolve("bundled", settings | {"output_dir": str(tmp_path / name[:2])})
         t = prepare(config)
-        for step in t.loader.steps(0, 250):
+        for step in t.loader.steps(0, 150):
             train_step(t, step)
         losses[name] = [
             evaluate(

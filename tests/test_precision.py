@@ -77,6 +77,7 @@ def test_a_driver_without_a_gpu_for_torch_is_warned_about(monkeypatch, capsys, b
             warnings.warn(f"{reason}\nPlease update your GPU driver.", stacklevel=2)
         return False
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")

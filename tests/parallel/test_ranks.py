@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,7 +16,14 @@ from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, find_fault, step_of
-from tests.support.processes import Fork, finish, forget_after, forked, torchrun
+from tests.support.processes import (
+    Fork,
+    finish,
+    forget_after,
+    forked,
+    torchrun,
+    wait_until,
+)
 from tests.support.same import assert_same_curve
 from tests.support.tiny import NO_DROPOUT, SENTENCES, save_files, small_config
 
@@ -134,15 +140,6 @@ def undisturbed(files, tmp_path_factory):
     return train(replace(many_steps(files), output_dir=str(tmp_path_factory.mktemp("whole"))))
 
 
-def wait_for(path):
-    """Wait until the run has come this far."""
-    for _ in range(6000):
-        if path.exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{path} did not appear")
-
-
 def pid_of(rank: int, launched: subprocess.Popen | list[Fork]) -> int:
     """The process id of a rank."""
     if isinstance(launched, list):
@@ -157,7 +154,7 @@ def pid_of(rank: int, launched: subprocess.Popen | list[Fork]) -> int:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_once_and_stops_all(files, undisturbed):
     launched = torchrun(2, many_steps(files, batch_size=8))
-    wait_for(Path("run/checkpoint-10"))
+    wait_until(Path("run/checkpoint-10").exists, launched)
     os.kill(pid_of(1, launched), signal.SIGTERM)
     code, out, err = finish(launched)
     assert code != 0 and out.count("stopped; go on with: ") == 1
@@ -173,11 +170,10 @@ def test_a_signal_to_one_rank_saves_once_and_stops_all(files, undisturbed):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_dies_ends_the_others(files, start, killed):
     launched = start(2, many_steps(files, batch_size=8))
-    wait_for(Path("run/checkpoint-10"))
-    begin = time.monotonic()
+    wait_until(Path("run/checkpoint-10").exists, launched)
     os.kill(pid_of(killed, launched), signal.SIGKILL)
     code, _, err = finish(launched)
-    assert code != 0 and time.monotonic() - begin < 60
+    assert code != 0
     assert "another process of this run is gone or out of reach" in err, err
     assert "mlm_scratch/loop.py" not in err  # no traceback of ours
 
@@ -185,7 +181,7 @@ def test_a_rank_that_dies_ends_the_others(files, start, killed):
 @pytest.mark.slow
 def test_ranks_that_torchrun_restarts_go_on_by_themselves(files, undisturbed):
     launched = torchrun(2, many_steps(files, batch_size=8), restarts=1)
-    wait_for(Path("run/checkpoint-10"))
+    wait_until(Path("run/checkpoint-10").exists, launched)
     os.kill(pid_of(1, launched), signal.SIGKILL)
     code, out, err = finish(launched)
     assert code == 0, err

@@ -3,8 +3,8 @@
 import gc
 import signal
 import threading
-import time
 import weakref
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from mlm_scratch.loop import run_steps
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import all_ranks
-from mlm_scratch.run import build, state
+from mlm_scratch.run import checkpoint, saver, state
 from mlm_scratch.run.saver import Saver, copied_to_cpu
 from mlm_scratch.run.session import open_run, train
 from mlm_scratch.util.errors import UserError
@@ -24,12 +24,6 @@ from tests.support.tiny import small_config
 SETTINGS = {"eval_fraction": 0.2, "save_every": 4, "max_steps": 14, "precision": "fp16"}
 
 
-@pytest.fixture
-def in_background(monkeypatch):
-    """Save as on a GPU."""
-    monkeypatch.setattr(build, "Saver", lambda in_background: Saver(in_background=True))
-
-
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
     """The run with the same settings whose steps wait for each save."""
@@ -37,71 +31,54 @@ def whole(files, tmp_path_factory):
     return train(small_config(files, output_dir=str(directory), **SETTINGS))
 
 
-@pytest.fixture
-def slow_disk(monkeypatch):
-    """Let a save begin to write only once three more steps have begun, or the run waits for it."""
-    save, forward, steps = state.save_checkpoint, MaskedLM.forward, []
-    waits = threading.Event()
-    begun_at = []
-
-    def slow(run_dir, step, *args):
-        while len(steps) < step + 3 and not waits.is_set():
-            time.sleep(0.01)
-        begun_at.append((step, len(steps)))
-        save(run_dir, step, *args)
+def test_steps_go_on_meanwhile_and_are_not_in_the_checkpoint(
+    files, whole, late_writer, monkeypatch
+):
+    forward, save_model, steps, at_writing = MaskedLM.forward, checkpoint.save_model, [], []
 
     def counted(self, batch):
         if self.training:
             steps.append(batch)
         return forward(self, batch)
 
-    finish = Saver.finish
+    def noted(directory, *args):
+        at_writing.append((directory.name, len(steps)))
+        save_model(directory, *args)
 
-    def noted(self):
-        waits.set()
-        finish(self)
-        waits.clear()
-
-    monkeypatch.setattr(state, "save_checkpoint", slow)
     monkeypatch.setattr(MaskedLM, "forward", counted)
-    monkeypatch.setattr(Saver, "finish", noted)
-    return begun_at
-
-
-def test_steps_go_on_meanwhile_and_are_not_in_the_checkpoint(
-    files, whole, in_background, slow_disk
-):
+    monkeypatch.setattr(checkpoint, "save_model", noted)
     assert_same_run(whole, train(small_config(files, output_dir="run", **SETTINGS)))
-    assert [step for step, _ in slow_disk] == [4, 8, 12, 14]
-    assert all(steps_begun >= step + 3 for step, steps_begun in slow_disk[:2])
+    assert at_writing == [
+        ("checkpoint-4", 8),
+        ("checkpoint-8", 12),
+        ("checkpoint-12", 14),
+        ("checkpoint-14", 14),
+    ]
 
 
 def test_a_save_that_fails_ends_the_run_at_the_next_step(files, in_background, monkeypatch):
-    save, steps = state.save_checkpoint, []
+    save, forward, steps = state.save_checkpoint, MaskedLM.forward, []
 
     def full(run_dir, step, *args):
         if step == 8:
             raise OSError(28, "No space left on device")
         save(run_dir, step, *args)
 
-    forward = MaskedLM.forward
-
-    def slow_step(self, batch):
+    def ends_after_the_failure(self, batch):
         steps.append(batch)
-        time.sleep(0.2)  # so that the failure is there before the step ends
+        if len(steps) == 9:
+            wait([in_background[0]._writing])
         return forward(self, batch)
 
     monkeypatch.setattr(state, "save_checkpoint", full)
-    monkeypatch.setattr(MaskedLM, "forward", slow_step)
+    monkeypatch.setattr(MaskedLM, "forward", ends_after_the_failure)
     with pytest.raises(UserError, match="cannot write to run: No space left on device"):
         train(small_config(files, output_dir="run", **SETTINGS | {"eval_fraction": 0.0}))
     assert len(steps) == 9
     assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-4"]
 
 
-def test_a_stop_signal_waits_for_the_checkpoint(
-    files, whole, in_background, slow_disk, monkeypatch
-):
+def test_a_stop_signal_waits_for_the_checkpoint(files, whole, late_writer, monkeypatch):
     forward, calls = MaskedLM.forward, []
 
     def signalled(self, batch):
@@ -122,13 +99,9 @@ def test_a_stop_signal_waits_for_the_checkpoint(
     assert_same_run(whole, train(settings, resume=True))
 
 
-def test_a_second_copy_is_made_only_once_the_first_is_written(files, in_background, monkeypatch):
+def test_a_second_copy_is_made_only_once_the_first_is_written(files, late_writer, monkeypatch):
     """And the first is gone by then, without the help of the garbage collector."""
-    save, readable, copies, alive = state.save_checkpoint, Saver.readable, [], []
-
-    def slow(*args):
-        time.sleep(0.2)
-        save(*args)
+    readable, copies, alive = Saver.readable, [], []
 
     def noted(self, value):
         alive.append(sum(copy() is not None for copy in copies))
@@ -136,7 +109,6 @@ def test_a_second_copy_is_made_only_once_the_first_is_written(files, in_backgrou
         copies.append(weakref.ref(next(iter(result[0].values()))))
         return result
 
-    monkeypatch.setattr(state, "save_checkpoint", slow)
     monkeypatch.setattr(Saver, "readable", noted)
     config = small_config(files, output_dir="run", save_every=2, max_steps=8)
     gc.disable()
@@ -148,19 +120,24 @@ def test_a_second_copy_is_made_only_once_the_first_is_written(files, in_backgrou
     assert alive == [0, 0, 0, 0]
 
 
-def test_a_write_is_finished_whatever_interrupts_the_run(capsys):
+def test_a_write_is_finished_whatever_interrupts_the_run(monkeypatch, capsys):
     """Else the run directory would be unlocked while it is written to."""
-    ended = []
+    interrupted, ended = threading.Event(), []
 
     def write():
-        time.sleep(0.5)
-        ended.append(time.monotonic())
+        interrupted.wait()
+        ended.append(True)
 
-    threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
-    with pytest.raises(KeyError), Saver(in_background=True) as saver:
-        saver.write(write)
+    def interrupted_wait(writes):
+        monkeypatch.setattr(saver, "wait", wait)
+        interrupted.set()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(saver, "wait", interrupted_wait)
+    with pytest.raises(KeyError), Saver(in_background=True) as background:
+        background.write(write)
         raise KeyError
-    assert ended and ended[0] <= time.monotonic()
+    assert ended
     assert "a checkpoint is being written" in capsys.readouterr().err
 
 

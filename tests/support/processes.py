@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -24,7 +25,7 @@ from mlm_scratch.util.errors import run_command
 from mlm_scratch.util.runs import checkpoints, step_of
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 200  # seconds
+TIMEOUT = 300  # seconds; a limit that only ends a hang
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -57,7 +58,9 @@ class Fork:
         variables = dict(os.environ) | (environment or {})
         arguments = (_arguments(settings), variables, before, self.output.name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(ROOT))  # for the process that is forked
+            patch.setenv(
+                "PYTHONPATH", str(ROOT), prepend=os.pathsep
+            )  # for the process that is forked
             forkserver.ensure_running()
         self.process = FORKS.Process(target=_train, args=arguments)
         self.process.start()
@@ -135,6 +138,20 @@ def torchrun(ranks: int, *settings: Any, restarts: int = 0) -> subprocess.Popen[
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def wait_until(
+    condition: Callable[[], object], started: subprocess.Popen[str] | list[Fork]
+) -> None:
+    """Wait until `condition` holds, while the processes run."""
+    limit = time.monotonic() + TIMEOUT
+    while not condition():
+        if isinstance(started, list):
+            alive = all(fork.is_alive() for fork in started)
+        else:
+            alive = started.poll() is None
+        assert alive and time.monotonic() < limit, finish(started)
+        time.sleep(0.02)
 
 
 def finish(started: subprocess.Popen[str] | list[Fork]) -> tuple[int | None, str, str]:

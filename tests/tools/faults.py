@@ -83,7 +83,7 @@ def run_in_child(
         tqdm.set_lock(threading.RLock())
         for stream in (1, 2):
             os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        faulthandler.dump_traceback_later(60, exit=True, file=2)  # if it hangs
+        faulthandler.dump_traceback_later(600, exit=True, file=2)  # if it hangs
         follow(phase, die_at_call)
         if in_background:
             build.Saver = lambda in_background: Saver(in_background=True)  # type: ignore

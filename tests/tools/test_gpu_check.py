@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
@@ -78,26 +79,32 @@ def test_an_entry_that_raises_or_runs_on_is_recorded_and_the_rest_still_run():
         raise RuntimeError("inductor raised:\nno compiler\nand a long story")
 
     def run_on(entry):
-        while True:
-            time.sleep(0.01)
+        signal.raise_signal(signal.SIGALRM)  # what the timer sends at the deadline
 
+    an_hour = 3600
     tasks = [
         (Entry("raises"), raise_error, 0),
         (Entry("fine"), fill, 0),
-        (Entry("long"), fill, 100),
+        (Entry("long"), fill, 2 * an_hour),
         (Entry("runs on"), run_on, 0),
-        (Entry("last"), fill, 0),
+        (Entry("next"), fill, 0),
     ]
-    entries = list(gpu_check.run_tasks(tasks, time.monotonic() + 0.5))
+    entries = list(gpu_check.run_tasks(tasks, time.monotonic() + an_hour))
     assert [entry.failure for entry in entries] == [
         "RuntimeError: inductor raised: no compiler",
         "",
         "not reached: out of time",
         "TimeoutError: out of time",
-        "not reached: out of time",
+        "",
     ]
     assert entries[0].values == {"part": 1}
     assert entries[1].missing == {"peak_gigabytes": "only a GPU shows it"}
+
+
+def test_the_timer_interrupts_what_runs_too_long():
+    with pytest.raises(TimeoutError), gpu_check.interrupted_after(0.01):
+        while True:
+            time.sleep(0.01)
 
 
 def test_what_trainer_raises_leaves_our_numbers(tmp_path, monkeypatch):
