@@ -4,12 +4,11 @@ train.py makes its flags from these fields, so each setting is named and describ
 """
 
 import math
-import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
 
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.probabilities import check_probabilities, mask_rates
+from mlm_scratch.util.probabilities import mask_rates
 
 # As a model: a small encoder, with a tokenizer trained on the run's own text.
 # As a data set: the corpus that comes with this package.
@@ -236,12 +235,14 @@ class TrainConfig:
         for option in fields(self):
             _check(option.name, getattr(self, option.name), kinds[option.name], option.metadata)
         try:
-            first_rate, _ = mask_rates(self.mlm_probability)
-            check_probabilities(first_rate, self.mask_replace_prob, self.random_replace_prob)
+            mask_rates(self.mlm_probability)
         except ValueError as error:
+            raise UserError(str(error).replace("mlm_probability", "--mlm-probability")) from error
+        if self.mask_replace_prob + self.random_replace_prob > 1:
             raise UserError(
-                re.sub(r"\w+_prob\w*", lambda name: _flag(name[0]), str(error))
-            ) from error
+                f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
+                f"{self.random_replace_prob} add up to more than 1"
+            )
         if self.output_dir == "":
             raise UserError("--output-dir is empty: name a directory, or leave it out")
         if self.model == BUNDLED and self.init != "scratch":
@@ -256,6 +257,15 @@ class TrainConfig:
             raise UserError("--eval-split names a split of a --dataset: use --eval-file")
         if self.streaming:
             self._check_streaming()
+
+    def masking(self) -> dict[str, Any]:
+        """Return the arguments of a Collator."""
+        return {
+            "mask_rates": mask_rates(self.mlm_probability),
+            "mask_replace_prob": self.mask_replace_prob,
+            "random_replace_prob": self.random_replace_prob,
+            "seed": self.seed,
+        }
 
     def _check_streaming(self) -> None:
         if self.max_steps is None:

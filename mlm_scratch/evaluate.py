@@ -5,6 +5,7 @@ if the model does not change. Here one seed fixes the masks, and all masked toke
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.data.packing import Layout
-from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.hf.checks import in_eval_mode
-from mlm_scratch.loader import Collator
+from mlm_scratch.loader import Batch, Collator, TokenRows, unchanged
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
-from mlm_scratch.util.cross_entropy import cross_entropy_sum
 from mlm_scratch.util.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -37,6 +35,7 @@ def evaluate(
     precision: Precision,
     ranks: Ranks = ALONE,
     stop: "StopRequest | None" = None,
+    arrange: Callable[[Batch], Batch] = unchanged,
 ) -> dict[str, float] | None:
     """Predict the masked tokens of all rows.
 
@@ -54,7 +53,7 @@ def evaluate(
     device = precision.device
     # A new generator with the same seed: the same masks.
     config = replace(config, mlm_probability=config.eval_mlm_probability)
-    collator = Collator(tokenizer, config, Layout(model.packs, aligned=device.type == "cuda"))
+    collator = Collator(tokenizer, **config.masking())
     sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0
     with in_eval_mode(model):
@@ -65,14 +64,14 @@ def evaluate(
             if turn == 0 and stop is not None and stop.agreed_by_all_ranks():
                 return None
             end = min(start + config.eval_batch_size, len(rows))
-            batch = collator.arrange(collator(rows, np.arange(start, end)))
+            batch = arrange(collator(rows, np.arange(start, end)))
             n_masked += int((batch.labels != IGNORE).sum())
             if turn != ranks.rank:
                 continue
             with precision.autocast():
                 logits, labels = model.masked_logits(batch.to(device))  # (N, V), (N,)
             correct = (logits.argmax(dim=1) == labels).sum()  # ()
-            sums.append(torch.stack([cross_entropy_sum(logits, labels), correct]))  # (2,)
+            sums.append(torch.stack([model.loss(logits, labels), correct]))  # (2,)
     totals = torch.zeros(2, dtype=torch.float64)  # added up on the CPU: not every GPU has fp64
     for batch_sums in torch.stack(sums).cpu() if sums else ():
         totals += batch_sums

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.checks import check_no_nan
-from mlm_scratch.hf.encode import encode, find_masks, find_target_ids, forward
-from mlm_scratch.util.errors import UserError
-
 
 @torch.no_grad()
 def predict(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
-    truncate: bool = False,
+    max_length: int | None = None,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Predict the masked tokens of some texts in one forward pass.
 
@@ -28,18 +24,35 @@ def predict(
         probability of every token of the vocabulary at each of them (M, V).
 
     Raises:
-        UserError: a text without a mask, too long or not UTF-8; damaged weights.
+        ValueError: a text without a mask; damaged weights.
     """
-    inputs = encode(model, tokenizer, texts, truncate)  # (B, T) each
-    logits = forward(model, inputs)  # (B, T, V), on the model's device
+    inputs = tokenizer(
+        texts,
+        padding=len(texts) > 1,
+        padding_side="right",
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )  # (B, T) each
+    was_training = model.training
+    model.eval()  # without dropout
+    try:
+        on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        logits = model(**on_device).logits  # (B, T, V)
+    finally:
+        model.train(was_training)
     predictions = []
     for row, text in enumerate(texts):
         is_token = inputs["attention_mask"][row].bool()  # (T,), false at padding, on the right
         input_ids = inputs["input_ids"][row][is_token]  # (T,), its own T
-        mask_index = find_masks(tokenizer, input_ids, text)  # (M,)
+        mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
+        if len(mask_index) == 0:
+            raise ValueError(f"no {tokenizer.mask_token} in the text {text!r}")
         at_masks = logits[row, mask_index.to(logits.device)].cpu()  # (M, V)
         probabilities = at_masks.softmax(dim=-1)  # (M, V)
-        check_no_nan(probabilities)
+        if probabilities.isnan().any():
+            raise ValueError("the model outputs NaN: its weights are damaged")
         predictions.append((input_ids, mask_index, probabilities))
     return predictions
 
@@ -51,7 +64,7 @@ def fill_mask(
     *,
     top_k: int = 5,
     targets: str | list[str] | None = None,
-    truncate: bool = False,
+    max_length: int | None = None,
     batch_size: int = 1,
 ) -> list:
     """Fill the masked tokens of one or several texts, each mask by itself.
@@ -62,9 +75,9 @@ def fill_mask(
         texts: text with one or more of the tokenizer's mask tokens, or a list of such.
         top_k: fills per mask, the most probable first; at most as many as there are targets.
         targets: consider only these tokens. Their scores are not renormalised.
-        truncate: truncate texts that are too long instead of raising UserError.
-        batch_size: texts per forward pass. Above 1 only for models that ignore padding
-            (hf/checks.py); even then the last digits of the scores change.
+        max_length: truncate texts to so many tokens.
+        batch_size: texts per forward pass. Above 1 the last digits of the scores change, and some
+            models mix padding in.
 
     Returns:
         for a text with one mask: a list of {"score", "token", "token_str", "sequence"}; with
@@ -72,19 +85,31 @@ def fill_mask(
         A list of one text gives the same as the text alone.
 
     Raises:
-        UserError: as in `predict`; top_k out of range; no usable target.
+        ValueError: as in `predict`; top_k out of range; no usable target.
 
     Source: transformers' FillMaskPipeline, whose output this equals.
     """
     if top_k < 1 or (targets is None and top_k > model.config.vocab_size):
-        raise UserError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
+        raise ValueError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
     target_ids = None if targets is None else find_target_ids(tokenizer, targets)
     texts = [texts] if isinstance(texts, str) else texts
     fills = []
     for start in range(0, len(texts), batch_size):
-        predictions = predict(model, tokenizer, texts[start : start + batch_size], truncate)
+        predictions = predict(model, tokenizer, texts[start : start + batch_size], max_length)
         fills += [_best_fills(tokenizer, *each, top_k, target_ids) for each in predictions]
     return fills[0] if len(fills) == 1 else fills  # like the pipeline: lists of one are unwrapped
+
+
+def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
+    """Look up the ids of targets, (targets,). The first piece stands for one that is no token."""
+    vocabulary = tokenizer.get_vocab()
+    ids: list[int] = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
+        ids += [vocabulary[target]] if target in vocabulary else pieces[:1]
+    if not ids:
+        raise ValueError("none of the targets gives a token of the vocabulary")
+    return torch.tensor(list(set(ids)))  # through a set, as in the pipeline: its order breaks ties
 
 
 def _best_fills(

@@ -7,14 +7,18 @@ Rows lie end to end in one flat array; row i is tokens[starts[i] : starts[i + 1]
     rows [1, 2] as a batch, (B, T)    8   9   0   0     padded to the longest
                                      10  11  12  13
 
-The unit is the optimizer step. Its rows (batch_size x accumulate x ranks; a rank is one of the
-run's processes, usually the only one) are padded and masked in one pass and only then split, among
-the ranks and into batches. So 32 x 1, 8 x 4 and two ranks of 16 see the same masks, and the masked
-tokens of the whole step are counted before its first backward.
+The unit is the optimizer step. Its rows are padded and masked in one pass and only then split into
+batches. So one batch of 32 and four of 8 see the same masks, and the masked tokens of the whole
+step are counted before its first backward.
+
+Three things can be replaced from outside: the masking (override `Collator.mask`), the order of the
+rows (override `Loader.rows_of_steps`), and, by the arguments `share` and `arrange`, which rows this
+process computes and in what layout. As it stands, it computes all of them, padded.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,28 +26,46 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mlm_scratch.config import TrainConfig
-from mlm_scratch.data.packing import PADDED, Layout
-from mlm_scratch.data.rows import TokenRows
-from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
-from mlm_scratch.parallel.ranks import ALONE, Ranks
-from mlm_scratch.parallel.shares import rows_per_step, share_of_step
-from mlm_scratch.util.like_trainer import draw_like_dataloader
-from mlm_scratch.util.probabilities import mask_rates
-from mlm_scratch.util.shapes import pad_positions
+from .masking import IGNORE, mask_tokens, word_ids_from_gaps
+
+
+@dataclass
+class TokenRows:
+    """Rows of token ids: row i is tokens[starts[i] : starts[i + 1]].
+
+    Attributes:
+        tokens: (total,) ids.
+        starts: (rows + 1,) int64.
+        gap_before: (total,) bool, true where the text has a gap before the token; only with whole
+            words.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    gap_before: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Return the lengths of some rows, (B,) -> (B,)."""
+        return self.starts[indices + 1] - self.starts[indices]
 
 
 class Batch(NamedTuple):
     """What one forward pass needs."""
 
     input_ids: Tensor  # (B, T) int64, as the model sees them
-    # (B, T) int64, 0 at padding, else the number of the text in its row; None without padding.
-    attention_mask: Tensor | None
+    attention_mask: Tensor | None  # (B, T) int64, 0 at padding, else 1; None without padding
     labels: Tensor  # (B, T) int64, the id to predict, -100 where there is none
     # (N,) int64, flat indices of the masked tokens. Found on the CPU: N is the shape of the logits,
     # and the CPU would have to wait for a GPU to count it.
     positions: Tensor
-    position_ids: Tensor | None = None  # (B, T) int64, from 0 in each text of a packed row
+
+    def rows(self, part: slice) -> "Batch":
+        """Make a batch of some of the rows."""
+        mask = None if self.attention_mask is None else self.attention_mask[part]
+        return batch_of(self.input_ids[part], mask, self.labels[part])
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`; to a CUDA GPU from pinned memory: the CPU need not wait for that."""
@@ -54,12 +76,28 @@ class Batch(NamedTuple):
         )
 
 
+def batch_of(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Batch:
+    """Make a batch of (B, T) tensors: find the positions of the masked tokens."""
+    positions = (labels.flatten() != IGNORE).nonzero().squeeze(1)  # (N,)
+    return Batch(input_ids, attention_mask, labels, positions)
+
+
 class Step(NamedTuple):
     """The data of one optimizer step."""
 
-    batches: list[Batch]  # of this rank, on the device
-    n_masked: int  # masked tokens, of all ranks
-    n_tokens: int  # tokens without padding, of all ranks
+    batches: list[Batch]  # on the device
+    n_masked: int  # masked tokens
+    n_tokens: int  # tokens without padding
+
+
+def all_rows(step: Batch) -> tuple[Batch, int]:
+    """Return the rows of a step that this process computes, all, and the step's masked tokens."""
+    return step, len(step.positions)
+
+
+def unchanged(batch: Batch) -> Batch:
+    """Return the layout in which the model gets a batch: as it is, padded."""
+    return batch
 
 
 class Loader:
@@ -68,31 +106,47 @@ class Loader:
     The position of a run is the number of its next step and the state of the mask generator.
     """
 
-    complete = True  # whether each rank has the rows of all ranks (of a stream only its own)
-
     def __init__(
         self,
         rows: TokenRows,
         collator: "Collator",
-        config: TrainConfig,
-        device: torch.device,
-        ranks: Ranks = ALONE,
+        *,
+        rows_per_step: int,
+        batch_size: int,
+        seed: int = 42,
+        device: torch.device | None = None,
+        share: Callable[[Batch], tuple[Batch, int]] = all_rows,
+        arrange: Callable[[Batch], Batch] = unchanged,
     ):
-        self.rows, self.collator, self.config = rows, collator, config
-        self.device, self.ranks = device, ranks
-        self.rows_per_step = rows_per_step(config, ranks)
-        self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
+        """Build the loader.
+
+        Args:
+            rows: the rows to train on.
+            collator: pads and masks the rows of a step.
+            rows_per_step: rows in an optimizer step; the last step of an epoch may have fewer.
+            batch_size: at most this many rows go through the model in one pass.
+            seed: fixes the order of the rows.
+            device: where the batches go; default: the CPU.
+            share: Batch of a step -> (the rows that this process computes, masked tokens of all),
+                where several processes share the step.
+            arrange: Batch -> Batch with the same loss that is cheaper to compute.
+        """
+        self.rows, self.collator = rows, collator
+        self.rows_per_step, self.batch_size, self.seed = rows_per_step, batch_size, seed
+        self.device = device or torch.device("cpu")
+        self.share, self.arrange = share, arrange
+        self.steps_per_epoch = math.ceil(len(rows) / rows_per_step)
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
-        """Yield the steps first ... last - 1."""
+        """Yield the steps first ... last - 1 of a run that has `last` steps."""
         for step, (rows, indices) in enumerate(self.rows_of_steps(first, last), first):
             done = step / max(1, last - 1)  # 0 at the first step of the run, 1 at its last
-            whole_step = self.collator(rows, indices, done)  # (B, T), masked
-            share = share_of_step(whole_step.labels, self.ranks, complete=self.complete)
-            whole_step = whole_step._replace(labels=share.labels)  # all -100 if it has no rows
-            parts = self.collator.split(whole_step, share.rows, self.config.batch_size)
-            n_tokens = int((rows.starts[indices + 1] - rows.starts[indices]).sum())
-            yield Step([part.to(self.device) for part in parts], share.n_masked, n_tokens)
+            own, n_masked = self.share(self.collator(rows, indices, done))  # (B, T), masked
+            batches = []
+            for start in range(0, len(own.labels), self.batch_size):
+                batch = own.rows(slice(start, start + self.batch_size))
+                batches.append(self.arrange(batch).to(self.device))
+            yield Step(batches, n_masked, int(rows.lengths(indices).sum()))
 
     def rows_of_steps(self, first: int, last: int) -> Iterator[tuple[TokenRows, np.ndarray]]:
         """Yield for each step the TokenRows to read, and the indices of its rows in them, (B,)."""
@@ -100,9 +154,10 @@ class Loader:
         for step in range(first, last):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if step_of_epoch == 0:
-                draw_like_dataloader()  # one number: torch's generator stays on Trainer's stream
+                # torch's DataLoader draws a number per epoch from the generator that dropout uses.
+                torch.empty((), dtype=torch.int64).random_()  # so dropout stays that of Trainer
             if step_of_epoch == 0 or order is None:
-                order = epoch_order(len(self.rows), self.config.seed, epoch)  # (rows,)
+                order = epoch_order(len(self.rows), self.seed, epoch)  # (rows,)
             start = step_of_epoch * self.rows_per_step
             yield self.rows, order[start : start + self.rows_per_step]
 
@@ -128,59 +183,63 @@ class Collator:
     """Pads and masks rows of token ids, on the CPU, with its own random generator."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, layout: Layout = PADDED
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask_rates: tuple[float, float] = (0.15, 0.15),
+        mask_replace_prob: float = 0.8,
+        random_replace_prob: float = 0.1,
+        seed: int = 42,
     ):
-        self.config, self.layout = config, layout
+        """Build the collator.
+
+        Args:
+            tokenizer: names the mask token, and the special tokens, which are never masked.
+            mask_rates: share of the tokens to mask at the first and at the last step of a run.
+            mask_replace_prob: as in `mask_tokens`.
+            random_replace_prob: as in `mask_tokens`.
+            seed: fixes the masks.
+        """
         self.mask_token_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
         self.pad_token_id = tokenizer.pad_token_id or 0  # any id works: attention_mask hides it
         # is_special[ids] does for a whole batch what get_special_tokens_mask does row by row.
         self.is_special = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)  # (V,)
         self.is_special[tokenizer.all_special_ids] = True
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.first_rate, self.last_rate = mask_rates(config.mlm_probability)
+        self.mask_rates = mask_rates
+        self.mask_replace_prob, self.random_replace_prob = mask_replace_prob, random_replace_prob
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, rows: TokenRows, indices: np.ndarray, done: float = 0.0) -> Batch:
         """Pad rows `indices`, (B,), to the longest, T; mask them at the rate `done` into a run."""
-        starts = rows.starts[indices]  # (B,)
-        lengths = rows.starts[indices + 1] - starts  # (B,)
+        lengths = rows.lengths(indices)  # (B,)
         columns = np.arange(lengths.max())  # (T,)
         is_token = columns < lengths[:, None]  # (B, T)
-        source = np.where(is_token, starts[:, None] + columns, 0)  # (B, T) index into rows.tokens
+        source = np.where(is_token, rows.starts[indices, None] + columns, 0)  # (B, T) of tokens
         ids = np.where(is_token, rows.tokens[source], self.pad_token_id)  # (B, T)
 
         special = torch.from_numpy(self.is_special[ids] | ~is_token)  # (B, T)
         attention_mask = None if is_token.all() else torch.from_numpy(is_token.astype(np.int64))
         word_ids = None
-        if rows.gap_before is not None:  # only with --whole-word
+        if rows.gap_before is not None:  # whole words
             word_ids = word_ids_from_gaps(torch.from_numpy(rows.gap_before[source]), special)
-        input_ids, labels = mask_tokens(  # (B, T), (B, T)
-            torch.from_numpy(ids.astype(np.int64)),
+        first, last = self.mask_rates
+        input_ids, labels = self.mask(  # (B, T), (B, T)
+            torch.from_numpy(ids.astype(np.int64)), special, word_ids, first + done * (last - first)
+        )
+        return batch_of(input_ids, attention_mask, labels)
+
+    def mask(
+        self, input_ids: Tensor, special: Tensor, word_ids: Tensor | None, rate: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mask (B, T) ids: return what the model sees, and labels. Override for another masking."""
+        return mask_tokens(
+            input_ids,
             special,
             mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
-            mlm_probability=self.first_rate + done * (self.last_rate - self.first_rate),
-            mask_replace_prob=self.config.mask_replace_prob,
-            random_replace_prob=self.config.random_replace_prob,
+            mlm_probability=rate,
+            mask_replace_prob=self.mask_replace_prob,
+            random_replace_prob=self.random_replace_prob,
             word_ids=word_ids,
             generator=self.generator,
         )
-        return Batch(input_ids, attention_mask, labels, self.positions_of(labels))
-
-    def split(self, batch: Batch, rows: range, batch_size: int) -> Iterator[Batch]:
-        """Yield these rows of a batch, `batch_size` at a time; positions are those in each part."""
-        for start in range(rows.start, rows.stop, batch_size):
-            yield self.arrange(batch, slice(start, min(start + batch_size, rows.stop)))
-
-    def arrange(self, batch: Batch, part: slice = slice(None)) -> Batch:
-        """Make a batch of these rows of another; the layout may pack them (data/packing.py)."""
-        ids, mask, labels = batch.input_ids[part], batch.attention_mask, batch.labels[part]
-        mask = None if mask is None else mask[part]  # (rows, T) each
-        rows = self.layout.arrange(ids, mask, labels, self.config.block_size)
-        return Batch(*rows[:3], self.positions_of(rows[2]), rows[3])
-
-    def positions_of(self, labels: Tensor) -> Tensor:
-        """(B, T) labels -> (N,) flat indices of the masked tokens."""
-        is_masked = labels.flatten() != IGNORE  # (B * T,)
-        if self.config.compile:
-            return pad_positions(is_masked, max(self.first_rate, self.last_rate))  # (N,) N is fixed
-        return is_masked.nonzero().squeeze(1)  # (N,)

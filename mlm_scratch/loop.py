@@ -3,77 +3,138 @@
 AMP, automatic mixed precision: `autocast` runs matrix products in fp16 or bf16 and leaves the
 weights in fp32; for fp16, a GradScaler scales the loss up. In fp32 both do nothing.
 
-`train_step` is one optimizer step, `run_steps` the loop around it. Both take t, the run in memory:
-a Training (run/state.py), built in run/build.py.
+`train_step` is one optimizer step, `run_steps` the loop around it. It yields after each step, so
+logging, evaluation and checkpoints belong to whoever iterates over it:
+
+    steps = loader.steps(0, total_steps)
+    for done in run_steps(steps, model, optimizer, scheduler, scaler):
+        print(done.loss.item(), done.learning_rate)
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from mlm_scratch.loader import Step
-
-if TYPE_CHECKING:  # for annotations only: run/ imports this file
-    from mlm_scratch.run.metrics import NoReport
-    from mlm_scratch.run.signals import StopRequest
-    from mlm_scratch.run.state import Training
+from .loader import Batch, Step
 
 
-def train_step(t: "Training", step: Step) -> tuple[Tensor, Tensor]:
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    step: Step,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_grad_norm: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Compute the gradients of one optimizer step, and update the weights once.
 
-    t.model is a MaskedLM. t.ddp_model is what runs: the same, or with several ranks (processes)
-    wrapped in DistributedDataParallel (DDP), which sums their gradients.
+    Args:
+        model: a MaskedLM; or one wrapped in DistributedDataParallel (DDP), whose backward sums the
+            gradients over all processes.
+        optimizer: updates the weights of the model.
+        scheduler: sets the optimizer's learning rate.
+        scaler: scales the loss of fp16; disabled for other precisions.
+        step: the batches of this process, and the number of masked tokens of all processes.
+        autocast: returns the context of a forward pass.
+        max_grad_norm: the gradients are clipped to this norm.
 
     Returns:
-        (loss, grad_norm), () each, still on the device. The loss, in nats per masked token, counts
-        this rank's rows only: those of the ranks add up. The norm is measured before clipping.
+        (loss, grad_norm), () each, on the device: reading them makes the CPU wait. The loss, in
+        nats per masked token, counts this process's rows only: those of all processes add up. The
+        norm is measured before clipping.
     """
-    loss = torch.zeros((), device=t.precision.device)  # ()
-    for batch in step.batches:
-        # DDP: all-reduce gradients once per step, in the last backward.
-        t.ddp_model.require_backward_grad_sync = batch is step.batches[-1]
-        with t.precision.autocast():
-            loss_sum = t.ddp_model(batch)  # () nats
-        # Divided by the masked tokens of the whole step, not of this batch: then the gradients add
-        # up to those of one large batch, however it is split.
-        batch_loss = loss_sum / max(step.n_masked, 1)  # ()
-        t.scaler.scale(batch_loss).backward()  # scaled: small gradients would underflow in fp16
-        loss += batch_loss.detach()
+    scale = scaler.get_scale()
+    loss = compute_gradients(model, scaler, step.batches, max(step.n_masked, 1), autocast)  # ()
     if step.n_masked == 0:  # gradients are 0, but AdamW would still apply momentum and decay
-        t.optimizer.zero_grad()
+        optimizer.zero_grad()
         return loss, torch.zeros_like(loss)
-
-    t.scaler.unscale_(t.optimizer)  # undo the scaling before measuring the norm
-    grad_norm = clip_grad_norm_(t.model.parameters(), t.config.max_grad_norm)  # ()
-    t.scaler.step(t.optimizer)  # skipped if any gradient is inf or NaN
-    t.scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 good ones
-    if not t.scaler.skipped_step():  # in fp16 the CPU waits for the GPU here
-        t.scheduler.step()  # a skipped step does not count for the schedule
-    t.optimizer.zero_grad()
+    grad_norm = update_weights(model, optimizer, scaler, max_grad_norm)  # ()
+    if scaler.get_scale() >= scale:  # in fp16 the CPU waits for the GPU here
+        scheduler.step()  # a step that the scaler skipped does not count for the schedule
     return loss, grad_norm
 
 
-def run_steps(t: "Training", report: "NoReport", stop: "StopRequest") -> None:
-    """Run the remaining optimizer steps, or up to the one after which the run is to end.
+# ---- On the device: the next two read no number that changes from step to step -------------------
 
-    Args:
-        t: the run in memory.
-        report: logs the metrics; that of a rank other than 0 ignores them (run/metrics.py).
-        stop: remembers a stop signal (run/signals.py).
+
+def compute_gradients(
+    model: nn.Module,
+    scaler: torch.amp.GradScaler,
+    batches: list[Batch],
+    n_masked: int | Tensor,
+    autocast: Callable[[], AbstractContextManager],
+) -> Tensor:
+    """Add up the gradients of all batches, and return their loss, ()."""
+    loss = torch.zeros((), device=batches[0].labels.device)  # ()
+    for batch in batches:
+        # An attribute for DDP: all-reduce the gradients once per step, in the last backward.
+        model.require_backward_grad_sync = batch is batches[-1]  # type: ignore[assignment]
+        with autocast():
+            loss_sum = model(batch)  # () nats
+        # Divided by the masked tokens of the whole step, not of this batch: then the gradients add
+        # up to those of one large batch, however it is split.
+        batch_loss = loss_sum / n_masked  # ()
+        scaler.scale(batch_loss).backward()  # scaled: small gradients would underflow in fp16
+        loss += batch_loss.detach()
+    return loss
+
+
+def update_weights(
+    model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, max_grad_norm: float
+) -> Tensor:
+    """Update the weights once, and return the norm that their gradients had, ()."""
+    scaler.unscale_(optimizer)  # undo the scaling before measuring the norm
+    grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)  # ()
+    scaler.step(optimizer)  # skipped if any gradient is inf or NaN
+    scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 good ones
+    optimizer.zero_grad()
+    return grad_norm
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """What an optimizer step has done."""
+
+    step: Step
+    learning_rate: float
+    loss: Tensor  # () nats per masked token, on the device
+    grad_norm: Tensor  # () before clipping, on the device
+
+
+def run_steps(
+    steps: Iterable[Step],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_grad_norm: float = 1.0,
+    train_step: Callable[..., tuple[Tensor, Tensor]] = train_step,
+) -> Iterator[Done]:
+    """Run optimizer steps, and yield what each has done. Another `train_step` may take its place.
+
+    The other arguments are those of `train_step`.
     """
-    for step in t.loader.steps(t.steps_done, t.total_steps):
-        learning_rate = float(t.scheduler.get_last_lr()[0])  # before train_step advances it
-        loss, grad_norm = train_step(t, step)
-        t.steps_done += 1
-        t.losses.add(loss, step.n_masked)
-        report.advance(step)
-
-        # ---- Once in a while
-        if t.steps_done % t.config.log_every == 0:
-            report.log(t.steps_done, t.losses.take_mean(), learning_rate, grad_norm.item())
-        t.losses.stop_if_diverged(t.steps_done)
-        if t.evaluate_and_save(report, stop):
-            return
+    for step in steps:
+        learning_rate = float(scheduler.get_last_lr()[0])  # before train_step advances it
+        loss, grad_norm = train_step(
+            model,
+            optimizer,
+            scheduler,
+            scaler,
+            step,
+            autocast=autocast,
+            max_grad_norm=max_grad_norm,
+        )
+        yield Done(step, learning_rate, loss, grad_norm)

@@ -15,43 +15,54 @@ only, given as indices into the flattened batch, the loss is the same up to roun
     loss = cross_entropy(logits, labels.flatten()[positions])
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from mlm_scratch.util.cross_entropy import cross_entropy_sum
-from mlm_scratch.util.shapes import additive_mask
+from .loader import Batch
+from .masking import IGNORE
 
-if TYPE_CHECKING:  # for annotations only: loader.py is above this file
-    from mlm_scratch.loader import Batch
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the cross-entropy over the rows that have a label: (N, V), (N,) -> () in nats."""
+    # In fp32: half precision has too few digits for a sum of V exponentials.
+    return cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
 class MaskedLM(nn.Module):
     """A *ForMaskedLM model of transformers whose head runs on masked positions only.
 
-    Nearly every such model is an encoder and a head that treats each position by itself
-    (hf/checks.py runs a small batch to see whether this one is). A hook on the encoder's output
-    keeps the hidden states at the masked positions, (B, T, H) -> (1, N, H), and the model's own
-    head, whatever it is called, sees one row of N positions instead of B rows of T.
+    Nearly every such model is an encoder and a head that treats each position by itself. A hook on
+    the encoder's output keeps the hidden states at the masked positions, (B, T, H) -> (1, N, H),
+    and the model's own head, whatever it is called, sees one row of N positions instead of B rows
+    of T.
 
     Attributes:
-        dense_head: run the head on all positions, as Trainer does.
-        ready_mask: hand the model an attention mask that needs no more preparation.
-        packs: the model gets several texts in a row right.
-        first_position: what the model numbers the first token of a text.
+        dense_head: run the head on all positions, as Trainer does; for a head that mixes them.
     """
 
-    def __init__(self, hf_model: PreTrainedModel):
+    def __init__(
+        self,
+        hf_model: PreTrainedModel,
+        loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum,
+    ):
+        """Wrap a model.
+
+        Args:
+            hf_model: an encoder with an LM head. Shares its weights with the wrapper.
+            loss: (N, V) logits and (N,) labels, -100 where there is none -> (), a sum.
+        """
         super().__init__()
-        self.hf_model = hf_model
-        self.dense_head = self.ready_mask = self.packs = False
-        self.first_position = 0
+        self.hf_model, self.loss = hf_model, loss
+        self.dense_head = False
         self.positions: Tensor | None = None  # (N,), set during a forward pass
         hf_model.base_model.register_forward_hook(self._keep_positions)
         self.train(hf_model.training)  # a new module starts in train mode
 
-    def forward(self, batch: "Batch") -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Sum the cross-entropy over the masked tokens of a batch: () in nats.
 
         A sum, so that the batches of a step can be added up and divided once, by the number of
@@ -60,37 +71,32 @@ class MaskedLM(nn.Module):
         Source: the loss of transformers' *ForMaskedLM models is this sum divided by that number.
         """
         logits, labels = self.masked_logits(batch)  # (N, V), (N,)
-        return cross_entropy_sum(logits, labels)  # ()
+        return self.loss(logits, labels)  # ()
 
-    def masked_logits(self, batch: "Batch") -> tuple[Tensor, Tensor]:
+    def masked_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute the logits at the masked positions, (N, V), and their labels, (N,).
 
         With the dense head N is B * T, and most labels are -100.
         """
         labels = batch.labels.flatten()  # (B * T,)
         positions = None if self.dense_head else batch.positions  # (N,)
-        logits = self.logits(batch.input_ids, batch.attention_mask, positions, batch.position_ids)
+        logits = self.logits(batch.input_ids, batch.attention_mask, positions)  # (N, V)
         return logits, labels if positions is None else labels[positions]
 
     def logits(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        positions: Tensor | None,
-        position_ids: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
     ) -> Tensor:
         """Run the model: (B, T) inputs -> (N, V) at these flat positions (None: at all)."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if position_ids is not None:  # packed
-            inputs["position_ids"] = position_ids + self.first_position  # (B, T)
-        if attention_mask is not None and self.ready_mask:
-            inputs["attention_mask"] = additive_mask(attention_mask, position_ids is not None)
         self.positions = positions
         try:
-            logits = self.hf_model(**inputs).logits
+            logits = self.run(input_ids, attention_mask)
         finally:
             self.positions = None
         return logits.flatten(0, 1)  # (1, N, V) or (B, T, V) -> (N, V) or (B * T, V)
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Call the model: (B, T) inputs -> logits, (B, T, V), or (1, N, V) if the hook gathers."""
+        return self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def _keep_positions(self, encoder: nn.Module, inputs: tuple, output: Any) -> Any:
         if self.positions is not None:

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule: AdamW, and a learning rate that rises and falls linearly.
+"""The optimizer and the schedule: AdamW, and a learning rate that rises and falls.
 
 Trainer builds both behind the scenes. Each step updates the weights to
 
@@ -8,6 +8,7 @@ where m and v are running means of the gradient and of its square, divided by 1 
 they start at 0 (AdamW: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization).
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -48,15 +49,39 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_schedule(
     optimizer: Optimizer, share: Callable[[int], float], scheduled_steps: int = 0
 ) -> LambdaLR:
-    """Build the schedule: it sets the rate of the next step; step() moves on to the one after."""
+    """Build the schedule: it sets the rate of the next step; step() moves on to the one after.
+
+    Args:
+        optimizer: whose rate it sets.
+        share: step -> share of the peak rate; see `share_of_peak`.
+        scheduled_steps: steps done before, if a run is resumed.
+    """
     return LambdaLR(optimizer, share, scheduled_steps - 1)
 
 
-def linear_schedule(warmup_steps: int, total_steps: int, step: int) -> float:
+def share_of_peak(
+    step: int,
+    total_steps: int,
+    schedule: str = "linear",
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+) -> float:
     """Return the rate of a step as a share of the peak: up from 0 in the warm-up, then down to 0.
 
-    Source: get_linear_schedule_with_warmup of transformers.
+    Down in a straight line, along half a cosine, or not at all ("constant"). "wsd" (warm-up,
+    stable, decay) stays at the peak until `decay_steps` before the end: such a run can be prolonged
+    from any step before its decay. With the others the rate of every step depends on the length.
+
+    Sources: get_linear_schedule_with_warmup and the like of transformers; wsd: Hu et al. 2024,
+    MiniCPM.
     """
     if step < warmup_steps:
         return step / warmup_steps
-    return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    fall = total_steps - decay_steps if schedule == "wsd" else warmup_steps  # where it begins
+    if schedule == "constant" or step < fall:
+        return 1.0
+    if step >= total_steps:
+        return 0.0
+    if schedule == "linear":
+        return (total_steps - step) / (total_steps - fall)
+    return 0.5 * (1 + math.cos(math.pi * ((step - fall) / (total_steps - fall))))

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +31,12 @@ class Precision:
         half = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half)
 
-    def grad_scaler(self) -> "LossScaler":
+    def grad_scaler(self) -> torch.amp.GradScaler:
         """Return a scaler that scales the loss up, so that small fp16 gradients do not underflow.
 
         bf16 has the range of fp32 and needs none: a disabled scaler passes everything through.
         """
-        return LossScaler(self.device.type, enabled=self.dtype == torch.float16)
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     @contextmanager
     def tf32(self) -> Iterator[None]:
@@ -67,24 +66,6 @@ class Precision:
         names = {"cpu": "CPU", "mps": "Apple GPU"}
         name = names.get(self.device.type) or torch.cuda.get_device_name(self.device)
         return f"{name}, {next(key for key, dtype in DTYPES.items() if dtype == self.dtype)}"
-
-
-class LossScaler(torch.amp.GradScaler):
-    """A GradScaler that can tell whether it skipped a step, reading its scale once per step."""
-
-    def __init__(self, device: str, *, init_scale: float = 2.0**16, enabled: bool = True):
-        super().__init__(device, init_scale, enabled=enabled)
-        self._last_scale = self.get_scale()
-
-    def skipped_step(self) -> bool:
-        """Whether the last update followed a skipped step. In fp16 the CPU waits for the GPU."""
-        before, self._last_scale = self._last_scale, self.get_scale()
-        return self._last_scale < before
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state; the next `skipped_step` compares with its scale."""
-        super().load_state_dict(state)
-        self._last_scale = self.get_scale()
 
 
 def choose_precision(device_name: str, precision: str) -> Precision:

@@ -13,19 +13,15 @@ import transformers
 from transformers import AutoModelForMaskedLM, FillMaskPipeline
 
 from mlm_scratch.config import TUTORIAL
-from mlm_scratch.data.packing import pack
-from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
-from mlm_scratch.hf.checks import (
-    ignores_padding,
-    packing_works,
-    ready_mask_works,
-    sparse_head_works,
-    unused_parameters,
-)
+from mlm_scratch.hf.checks import ignores_padding, sparse_head_works, unused_parameters
+from mlm_scratch.loader import TokenRows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
+from mlm_scratch.speed.checks import first_position_if_packed, ready_mask_works
+from mlm_scratch.speed.model import FastMaskedLM
+from mlm_scratch.speed.packing import pack
 from tests.support.tiny import SENTENCES, batch_of, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -154,7 +150,7 @@ def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
 
 def test_a_ready_attention_mask_is_used_where_it_gives_the_same(model):
     """ModernBERT's local layers would take it in place of their window of 8 tokens."""
-    masked_lm = MaskedLM(model)
+    masked_lm = FastMaskedLM(model)
     refused = {"deberta", "deberta-v2", "esm", "modernbert"}
     assert ready_mask_works(masked_lm, 12) == (model.config.model_type not in refused)
     masked_lm.ready_mask = ready_mask_works(masked_lm, 12)
@@ -165,19 +161,20 @@ def test_a_ready_attention_mask_is_used_where_it_gives_the_same(model):
 
 
 def test_packed_texts_have_the_gradients_of_padded_ones(model):
-    masked_lm = MaskedLM(model)
+    masked_lm = FastMaskedLM(model)
     mixes = {"convbert", "deberta", "deberta-v2", "esm", "fnet", "mobilebert", "modernbert"}
-    assert packing_works(masked_lm, 12) == (model.config.model_type not in mixes)
-    if not packing_works(masked_lm, 12):
+    first = first_position_if_packed(masked_lm, 12)
+    assert (first is None) == (model.config.model_type in mixes)
+    if first is None:
         return
+    masked_lm.first_position = first
     padded = batch_of(*batch())
-    ids, texts, labels, position_ids = pack(*batch(), width=24)  # two texts in one row
-    packed = batch_of(ids, texts, labels)._replace(position_ids=position_ids)
+    packed = batch_of(*pack(*batch(), width=24))  # two texts in one row
     assert len(padded.input_ids) == 2 and len(packed.input_ids) == 1
     gradients = []
     for one in (padded, packed):
         model.zero_grad()
-        masked_lm.ready_mask = one is packed
+        masked_lm.packs = one is packed
         loss_sum = masked_lm(one)
         loss_sum.backward()
         weights = [p for p in model.parameters() if p.grad is not None]
@@ -194,7 +191,7 @@ def test_a_window_shows_in_rows_that_are_longer():
         pad_token_id=1,
         **FAMILIES["ModernBert"] | {"local_attention": 32},
     )
-    masked_lm = MaskedLM(AutoModelForMaskedLM.from_config(config))
+    masked_lm = FastMaskedLM(AutoModelForMaskedLM.from_config(config))
     works = [ready_mask_works(masked_lm, length) for length in (8, 16, 40, 64)]
     assert works == [True, True, False, False]  # a window reaches 16 tokens to each side
 

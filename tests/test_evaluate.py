@@ -9,9 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mlm_scratch.config import TUTORIAL
-from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
-from mlm_scratch.loader import Collator
+from mlm_scratch.loader import Collator, TokenRows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
 from tests.support.tiny import byte_level_tokenizer, roberta
@@ -38,7 +37,7 @@ def rows():
 @pytest.mark.parametrize("dense_head", [False, True])
 def test_the_mean_is_over_tokens_not_batches(model, rows, dense_head):
     result = evaluate(model, TOKENIZER, rows, replace(CONFIG, dense_head=dense_head), CPU)
-    collator = Collator(TOKENIZER, CONFIG)
+    collator = Collator(TOKENIZER, **CONFIG.masking())
     losses, hits = [], []
     model.eval()
     for start in range(0, 11, 3):

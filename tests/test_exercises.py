@@ -5,17 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from mlm_scratch.config import resolve
-from mlm_scratch.data.rows import TokenRows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
-from mlm_scratch.loader import Batch, Collator, Loader, epoch_order
+from mlm_scratch.loader import Batch, Collator, Loader, TokenRows, epoch_order
 from mlm_scratch.loop import train_step
-from mlm_scratch.masking import mask_tokens
+from mlm_scratch.masking import IGNORE, corrupt, mask_tokens
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import parameter_groups
 from mlm_scratch.run import build
@@ -42,13 +40,12 @@ def test_masking_what_share_of_all_tokens_the_model_sees_changed():
 
 def test_loader_which_rows_the_sixth_step_has():
     """10 rows in batches of 4 make 3 steps: the sixth is the last of epoch 1, with 2 rows."""
-    config = resolve("tutorial", {"batch_size": 4})
     rows = TokenRows(np.arange(100, 120, dtype=np.uint16), np.arange(11) * 2)  # row i: 2 ids
-    loader = Loader(rows, Collator(TOKENIZER, config), config, torch.device("cpu"))
+    loader = Loader(rows, Collator(TOKENIZER), rows_per_step=4, batch_size=4)
     (step,) = loader.steps(5, 6)
     (batch,) = step.batches
     ids = torch.where(batch.labels == -100, batch.input_ids, batch.labels)  # (2, 2) unmasked
-    expected = epoch_order(10, config.seed, epoch=1)[8:10]
+    expected = epoch_order(10, 42, epoch=1)[8:10]
     assert [(row[0] - 100) // 2 for row in ids.tolist()] == expected.tolist()
 
 
@@ -106,30 +103,19 @@ def test_fill_mask_why_the_scores_of_all_targets_do_not_add_up_to_1():
 class RatePerRow(Collator):
     """Draws the share of tokens to mask from U(0, 1), anew for each row."""
 
-    def __call__(self, rows, indices, done=0.0):
-        """Mask the rows one by one, and put them together."""
-        parts = []
-        for index in indices:
-            self.first_rate = self.last_rate = torch.rand((), generator=self.generator).item()
-            parts.append(super().__call__(rows, np.array([index])))
-        width = max(part.input_ids.shape[1] for part in parts)
-
-        def joined(name, fill):
-            return torch.cat(
-                [
-                    pad(x := getattr(part, name), (0, width - x.shape[1]), value=fill)
-                    for part in parts
-                ]
-            )
-
-        ids, labels = joined("input_ids", self.pad_token_id), joined("labels", -100)
-        is_token = torch.cat(
-            [
-                pad(torch.ones_like(part.input_ids), (0, width - part.input_ids.shape[1]))
-                for part in parts
-            ]
+    def mask(self, input_ids, special, word_ids, rate):
+        """Select otherwise, and corrupt as always."""
+        rates = torch.rand((len(input_ids), 1), generator=self.generator)  # (B, 1)
+        drawn = torch.rand(input_ids.shape, generator=self.generator) < rates  # (B, T)
+        selected = drawn & ~special  # (B, T)
+        seen = corrupt(
+            input_ids,
+            selected,
+            mask_token_id=self.mask_token_id,
+            vocab_size=self.vocab_size,
+            generator=self.generator,
         )
-        return Batch(ids, is_token, labels, self.positions_of(labels))
+        return seen, torch.where(selected, input_ids, IGNORE)
 
 
 @pytest.mark.slow
@@ -144,7 +130,7 @@ def test_generate_at_which_rates_a_model_trained_at_all_of_them_predicts_better(
         config = resolve("bundled", settings | {"output_dir": str(tmp_path / name[:2])})
         t = prepare(config)
         for step in t.loader.steps(0, 150):
-            train_step(t, step)
+            train_step(step=step, **t.step_arguments())
         losses[name] = [
             evaluate(
                 t.model,

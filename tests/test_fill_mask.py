@@ -3,8 +3,9 @@
 import pytest
 from transformers import BertForMaskedLM, FillMaskPipeline
 
-from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch import fill_mask as chapter
 from mlm_scratch.hf.encode import use_own_mask
+from mlm_scratch.inference.fill import fill_mask
 from mlm_scratch.util.errors import UserError
 from tests.support.tiny import bert_config, byte_level_tokenizer, roberta, wordpiece_tokenizer
 
@@ -37,7 +38,8 @@ def test_equal_to_the_pipeline(name, case):
     own = lambda text: use_own_mask(tokenizer, text)  # noqa: E731
     texts = own(texts) if isinstance(texts, str) else [own(text) for text in texts]
     pipeline = FillMaskPipeline(model=model, tokenizer=tokenizer)
-    assert fill_mask(model, tokenizer, texts, **options) == pipeline(texts, **options)
+    for fill in (chapter.fill_mask, fill_mask):
+        assert fill(model, tokenizer, texts, **options) == pipeline(texts, **options)
 
 
 def test_a_model_in_train_mode_fills_without_dropout_and_stays_in_it():

@@ -1,20 +1,14 @@
 """Steps, batches and masks, on rows of ids that can be followed by eye."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from mlm_scratch.config import TUTORIAL
-from mlm_scratch.data.packing import Layout
-from mlm_scratch.data.rows import TokenRows
-from mlm_scratch.loader import Collator, Loader, epoch_order
+from mlm_scratch.loader import Collator, Loader, TokenRows, epoch_order, unchanged
 from mlm_scratch.masking import IGNORE
+from mlm_scratch.speed.packing import Layout
 from tests.support.tiny import byte_level_tokenizer
-
-CPU = torch.device("cpu")
 
 
 class ToyTokenizer:
@@ -36,9 +30,12 @@ def rows_of(*lengths):
     return TokenRows(np.array(tokens, np.uint16), starts)
 
 
-def loader(rows, **settings):
-    config = replace(TUTORIAL, **settings)
-    return Loader(rows, Collator(ToyTokenizer(), config), config, CPU)
+def loader(rows, *, batch_size=8, accumulate=1, mask_rates=(0.15, 0.15), arrange=unchanged):
+    collator = Collator(ToyTokenizer(), mask_rates=mask_rates)
+    rows_per_step = batch_size * accumulate
+    return Loader(
+        rows, collator, rows_per_step=rows_per_step, batch_size=batch_size, arrange=arrange
+    )
 
 
 def originals(batch):
@@ -63,7 +60,7 @@ def test_padding_is_never_masked_even_if_its_id_is_a_word():
     """A tokenizer without a padding token: id 0, which fills the gaps, is a word."""
     tokenizer = ToyTokenizer()
     tokenizer.pad_token_id, tokenizer.all_special_ids = None, [1, 2, 3]
-    collator = Collator(tokenizer, replace(TUTORIAL, mlm_probability=1.0))
+    collator = Collator(tokenizer, mask_rates=(1.0, 1.0))
     batch = collator(rows_of(3, 1), np.arange(2))
     assert batch.labels.tolist() == [[10, 11, 12], [20, IGNORE, IGNORE]]
 
@@ -79,7 +76,8 @@ def test_a_compiled_model_gets_the_same_number_of_positions_in_every_batch():
     rows = rows_of(*[32] * 64)
     settings = {"batch_size": 4, "accumulate": 2}
     plain, static = (
-        list(loader(rows, compile=compile, **settings).steps(0, 8)) for compile in (False, True)
+        list(loader(rows, arrange=arrange, **settings).steps(0, 8))
+        for arrange in (unchanged, Layout(32, mask_rate=0.15))
     )
     counts = [len(batch.positions) for step in plain for batch in step.batches]
     assert len(set(counts)) > 5
@@ -96,11 +94,10 @@ def test_a_compiled_model_gets_the_same_number_of_positions_in_every_batch():
 def test_a_gpu_gets_widths_that_suit_its_kernels_and_the_same_masks():
     """A multiple of 8, unless the rows may not be as long as that."""
     rows = rows_of(*[11, 5, 13, 29] * 8)
-    config = replace(TUTORIAL, block_size=29, mlm_probability=0.4)
-    layouts = Layout(), Layout(aligned=True)
-    collators = [Collator(ToyTokenizer(), config, layout) for layout in layouts]
+    collator = Collator(ToyTokenizer(), mask_rates=(0.4, 0.4))
     for indices, width in (([0, 1], 16), ([4, 2], 16), ([3, 5], 29)):
-        one, other = (c.arrange(c(rows, np.array(indices))) for c in collators)
+        one = collator(rows, np.array(indices))
+        other = Layout(29, aligned=True)(one)
         columns = one.labels.shape[1]
         assert other.labels.shape == (2, width)
         for narrow, wide in zip(one[:3], other[:3], strict=True):
@@ -134,7 +131,7 @@ def test_a_step_is_the_same_however_it_is_split(batch_size, accumulate):
 
 
 def test_a_step_number_and_the_mask_generator_are_the_whole_position():
-    settings = {"batch_size": 3, "mlm_probability": 0.5}
+    settings = {"batch_size": 3, "mask_rates": (0.5, 0.5)}
     whole = loader(rows_of(*range(3, 14)), **settings)
     expected = list(whole.steps(0, 9))
     before = loader(rows_of(*range(3, 14)), **settings)
@@ -142,7 +139,6 @@ def test_a_step_number_and_the_mask_generator_are_the_whole_position():
     after = loader(rows_of(*range(3, 14)), **settings)
     after.collator.generator.set_state(before.collator.generator.get_state())
     for one, other in zip(expected[5:], after.steps(5, 9), strict=True):
-        assert one.batches[0].position_ids is other.batches[0].position_ids is None
         for mine, theirs in zip(one.batches[0][:4], other.batches[0][:4], strict=True):
             assert torch.equal(mine, theirs)
 
@@ -168,7 +164,7 @@ def test_padded_batches_equal_the_collators(whole_word):
         np.cumsum([0] + [len(ids) for ids in encoding["input_ids"]]),
         np.array(starts) if whole_word else None,
     )
-    collator = Collator(tokenizer, replace(TUTORIAL, mlm_probability=0.4, **probabilities))
+    collator = Collator(tokenizer, mask_rates=(0.4, 0.4), **probabilities)
     longest = max(map(len, encoding["input_ids"]))
     for _ in range(10):
         batch = collator(rows, np.arange(4))
@@ -193,11 +189,11 @@ def test_padded_batches_equal_the_collators(whole_word):
 def test_the_mask_rate_falls_linearly_over_the_run():
     """From the first step's to the last one's, and the same after a resume."""
     rows = TokenRows(np.full(40_000, 500, np.uint16), np.arange(0, 40_001, 1000))
-    settings = {"mlm_probability": "0.9:0.1", "batch_size": 8, "block_size": 1000}
+    settings = {"mask_rates": (0.9, 0.1), "batch_size": 8}
     expected = [0.9, 0.7, 0.5, 0.3, 0.1]
     for first in (0, 3):
         steps = loader(rows, **settings).steps(first, 5)
         shares = [step.n_masked / step.n_tokens for step in steps]
         assert shares == pytest.approx(expected[first:], abs=0.03)
-    (step,) = loader(rows, **settings | {"compile": True}).steps(4, 5)
+    (step,) = loader(rows, **settings, arrange=Layout(1000, mask_rate=0.9)).steps(4, 5)
     assert len(step.batches[0].positions) > 0.9 * 8000  # one size fits every step

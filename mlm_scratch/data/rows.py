@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import TEXTS_PER_BATCH, Documents
+from mlm_scratch.loader import Collator, Loader, TokenRows, epoch_order
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import cache_dir, checksum, sync
 from mlm_scratch.util.progress import progress_bar
@@ -37,30 +38,54 @@ META = "meta.json"
 LONG_WORD = 16  # tokens
 
 
-@dataclass
-class TokenRows:
-    """Rows of token ids, on disk: row i is tokens[starts[i] : starts[i + 1]].
+class Source:
+    """What a run trains on: rows on the disk, or a stream (stream.py).
 
     Attributes:
-        tokens: (total,) ids, memory-mapped.
-        starts: (rows + 1,) int64.
-        gap_before: (total,) bool, true where the text has a gap before the token; only with whole
-            words.
+        complete: whether each rank has the rows of all ranks, or only its own.
         text_digest: the same for two runs if they read the same text.
     """
 
-    tokens: np.ndarray
-    starts: np.ndarray
-    gap_before: np.ndarray | None = None
-    text_digest: str = ""
+    complete = True
+    text_digest = ""
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        """Count the rows."""
+        raise NotImplementedError
+
+    def loader(self, collator: Collator, **settings: Any) -> Loader:
+        """Build the Loader of these rows; `settings` are its keyword arguments."""
+        raise NotImplementedError
+
+    def first_rows(self, n: int, seed: int) -> tuple[TokenRows, np.ndarray] | None:
+        """Return the first n rows of a run and their indices, (n,), if they can be read ahead."""
+        return None
+
+    def start(self) -> None:
+        """Start the processes that read ahead, if there are any."""
+
+    def close(self) -> None:
+        """Stop them."""
+
+
+@dataclass
+class PreparedRows(TokenRows, Source):
+    """Rows of token ids, memory-mapped."""
+
+    text_digest: str = ""
+
+    def loader(self, collator: Collator, **settings: Any) -> Loader:
+        """Build the Loader of chapter 2."""
+        return Loader(self, collator, **settings)
+
+    def first_rows(self, n: int, seed: int) -> tuple[TokenRows, np.ndarray]:
+        """Return these rows and the indices of the first n of epoch 0, (n,)."""
+        return self, epoch_order(len(self), seed, epoch=0)[:n]
 
 
 def prepare_rows(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> TokenRows:
+) -> PreparedRows:
     """Tokenize and group `documents`, or find the result in the cache.
 
     Raises:
@@ -244,7 +269,7 @@ def _is_intact(directory: Path) -> bool:
         return False
 
 
-def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
+def _open_rows(directory: Path, config: TrainConfig) -> PreparedRows:
     dtype = json.loads((directory / META).read_text())["dtype"]
     tokens = _open_flat(directory / "tokens.bin", dtype)  # (total,)
     if config.grouping == "lines":
@@ -253,7 +278,7 @@ def _open_rows(directory: Path, config: TrainConfig) -> TokenRows:
         rows = len(tokens) // config.block_size  # the rest is shorter than a block: dropped
         starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)
     gap_before = _open_flat(directory / "gaps.bin", bool) if config.whole_word else None
-    return TokenRows(tokens, starts, gap_before)
+    return PreparedRows(tokens, starts, gap_before)
 
 
 def _open_flat(path: Path, dtype: Any) -> np.ndarray:

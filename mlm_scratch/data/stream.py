@@ -27,9 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import Documents
-from mlm_scratch.data.rows import tokenize
+from mlm_scratch.data.rows import Source, tokenize
+from mlm_scratch.loader import Collator, Loader, TokenRows
 from mlm_scratch.parallel.ranks import ALONE, Ranks
-from mlm_scratch.parallel.shares import rows_per_step
+from mlm_scratch.parallel.shares import own_rows, rows_per_step
 from mlm_scratch.util.errors import UserError
 
 SHARDS = 16  # or a divisor of that; more only if there are more ranks
@@ -43,12 +44,14 @@ Position = dict[str, Any]
 START: Position = {"buffer": 0, "stream": None, "left": [], "row": 0}
 
 
-class ShardedStream:
+class ShardedStream(Source):
     """The rows of a stream, step by step, without end.
 
     Its position is that of every shard. A shard that reaches its end starts over, wherever the
     others are.
     """
+
+    complete = False
 
     def __init__(
         self,
@@ -72,14 +75,18 @@ class ShardedStream:
         """Count the rows of a run: as in Trainer, a stream is one epoch of max_steps steps."""
         return (self.config.max_steps or 0) * self.rows_per_step
 
+    def loader(self, collator: Collator, **settings: Any) -> Loader:
+        """Build a StreamLoader."""
+        return StreamLoader(self, collator, **settings)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the position. In checkpoints, shards have always been called "lanes"."""
+        """Return the position."""
         own = [self.positions[shard] for shard in self._own_shards()]
-        return {"lanes": list(itertools.chain.from_iterable(self.ranks.gather(own)))}
+        return {"shards": list(itertools.chain.from_iterable(self.ranks.gather(own)))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from there. Raises UserError if the ranks cannot share the shards."""
-        self.positions = state["lanes"]
+        self.positions = state["shards"]
         if len(self.positions) % self.ranks.size > 0:
             raise UserError(
                 f"--resume: this run reads its stream in {len(self.positions)} shards, which "
@@ -132,6 +139,46 @@ class ShardedStream:
     def close(self) -> None:
         """Stop the worker processes."""
         self.received = None
+
+
+class StreamLoader(Loader):
+    """All optimizer steps of a run over a stream.
+
+    The position of a run is that of the stream and the state of the mask generator.
+    """
+
+    def __init__(self, stream: ShardedStream, collator: Collator, **settings: Any):
+        # Of rows, Loader itself needs the length only.
+        super().__init__(stream, collator, **settings)  # type: ignore[arg-type]
+        self.stream = stream
+
+    def rows_of_steps(self, first: int, last: int) -> Iterator[tuple[TokenRows, np.ndarray]]:
+        """Yield the rows of each step; all are of the same length, and those of other ranks zeros.
+
+        Every rank draws the masks of the whole step. For that, the rows of the other ranks have to
+        be there, but not their tokens.
+        """
+        config = self.stream.config
+        n_rows, length = self.rows_per_step, config.block_size
+        own = own_rows(n_rows, self.stream.ranks)
+        starts, indices = np.arange(n_rows + 1) * length, np.arange(n_rows)
+        tokens = np.zeros((n_rows, length, 2), np.int32)  # (rows, T, 2)
+        for received in itertools.islice(self.stream.own_rows_of_steps(), last - first):
+            tokens[own.start : own.stop] = received  # (own rows, T, 2)
+            ids, gap_before = tokens.reshape(-1, 2).T  # (rows * T,), (rows * T,)
+            yield (
+                TokenRows(ids, starts, gap_before > 0 if config.whole_word else None),
+                indices,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position."""
+        return super().state_dict() | self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the position that `state_dict` returned."""
+        super().load_state_dict(state)
+        self.stream.load_state_dict(state)
 
 
 class _Shards(IterableDataset):

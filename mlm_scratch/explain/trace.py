@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.data.rows import TokenRows, tokenize
+from mlm_scratch.data.rows import tokenize
 from mlm_scratch.hf.checks import in_eval_mode, sparse_head_works
 from mlm_scratch.hf.encode import encode
-from mlm_scratch.loader import Batch, Collator
+from mlm_scratch.loader import Batch, Collator, TokenRows
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.util.errors import UserError
@@ -69,7 +69,7 @@ def trace(
     if not text.strip() or set(ids) <= set(tokenizer.all_special_ids):
         raise UserError("there is no token to mask in the text: give a sentence")
     model.dense_head = not sparse_head_works(model)
-    rows, collator = row_of(text, tokenizer, config), Collator(tokenizer, config)
+    rows, collator = row_of(text, tokenizer, config), Collator(tokenizer, **config.masking())
     batch = collator(rows, np.arange(1))  # (1, T)
     tokens = follow_tokens(rows.tokens.tolist(), batch, collator)
     with in_eval_mode(model):

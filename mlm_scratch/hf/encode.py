@@ -3,7 +3,8 @@
 import functools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,9 +57,17 @@ def forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         UserError: the model does not support these inputs.
     """
     on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with in_eval_mode(model), refusals_reported(model):
+        return model(**on_device).logits
+
+
+@contextmanager
+def refusals_reported(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what a model, or fill_mask.py, raises for its inputs into a UserError."""
     try:
-        with in_eval_mode(model):
-            return model(**on_device).logits
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
     except REFUSALS as error:
         if is_out_of_memory(error):
             raise UserError(
@@ -94,23 +103,17 @@ def find_words(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str)
     return words
 
 
-def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> Tensor:
-    """Look up the ids of targets, (targets,).
-
-    A target outside the vocabulary is tokenized; if that gives several pieces, the first is used,
-    with a warning.
+def check_targets(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> None:
+    """Warn of targets outside the vocabulary that are several pieces, or none.
 
     Raises:
-        UserError: no target is left, or one is not UTF-8.
+        UserError: a target is not UTF-8.
     """
     vocabulary = tokenizer.get_vocab()
-    ids = []
     for target in [targets] if isinstance(targets, str) else targets:
         check_utf8(target, "target")
-        ids += [vocabulary[target]] if target in vocabulary else _first_piece(tokenizer, target)
-    if not ids:
-        raise UserError("none of the targets gives a token of the vocabulary")
-    return torch.tensor(list(set(ids)))  # through a set, as in the pipeline: its order breaks ties
+        if target not in vocabulary:
+            _first_piece(tokenizer, target)
 
 
 def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -> str:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.fill_mask import fill_in, fill_mask, predict
-from mlm_scratch.hf.checks import ignores_padding
+from mlm_scratch.fill_mask import fill_in, predict
+from mlm_scratch.hf.checks import ignores_padding, longest_input
 from mlm_scratch.hf.encode import encode, find_masks, find_words, spell_target
+from mlm_scratch.inference.fill import fill_mask
 from mlm_scratch.inference.joint import ORDERS, fill_jointly
 from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError
@@ -115,8 +116,9 @@ class Output:
 
     def steps(self, text: str) -> Iterator[str]:
         """Yield the lines of one computation step by step, with the values on the way."""
+        limit = longest_input(self.tokenizer, self.model) if self.truncate else None
         ((input_ids, mask_index, probabilities),) = predict(  # (T,), (M,), (M, V)
-            self.model, self.tokenizer, [text], self.truncate
+            self.model, self.tokenizer, [text], limit
         )
         yield f"input_ids   {input_ids.tolist()}"
         yield f"tokens      {self.tokenizer.convert_ids_to_tokens(input_ids.tolist())}"

@@ -5,48 +5,39 @@ losses do not depend on the number of ranks.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from mlm_scratch.config import TrainConfig
+from mlm_scratch.loader import Batch, batch_of
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.parallel.ranks import Ranks
 
 
-class Share(NamedTuple):
-    """One rank's share of a step.
-
-    Attributes:
-        rows: the rows of the step to compute, at least one.
-        labels: (B, T), those of the whole step.
-        n_masked: masked tokens of the step, those of all ranks.
-    """
-
-    rows: range
-    labels: Tensor
-    n_masked: int
-
-
-def share_of_step(labels: Tensor, ranks: Ranks, *, complete: bool) -> Share:
-    """Find this rank's share of a step.
+def share_among(ranks: Ranks, *, complete: bool) -> Callable[[Batch], tuple[Batch, int]]:
+    """Return what a Loader calls to find this rank's rows of a step, and the masked tokens of all.
 
     Args:
-        labels: (B, T), those of the whole step.
         ranks: the ranks, as this one sees them.
         complete: whether the rows of all ranks are here; of a stream, each rank reads its own.
     """
-    rows = own_rows(len(labels), ranks)
-    counted = labels if complete else labels[rows.start : rows.stop]  # (rows, T)
-    n_masked = (counted != IGNORE).sum()  # ()
-    if not complete:
-        ranks.all_reduce_sum(n_masked)
-    if not rows:
-        # DDP needs every rank in every step. The last step of an epoch may have fewer rows than
-        # there are ranks; then one without rows computes a row without labels: zero gradient.
-        rows, labels = range(1), torch.full_like(labels, IGNORE)
-    return Share(rows, labels, int(n_masked))
+
+    def share(step: Batch) -> tuple[Batch, int]:
+        """Return this rank's rows, at least one, and the masked tokens of all ranks."""
+        rows = own_rows(len(step.labels), ranks)
+        own = step.rows(slice(rows.start, rows.stop))
+        n_masked = torch.tensor(len(step.positions if complete else own.positions))  # ()
+        if not complete:
+            ranks.all_reduce_sum(n_masked)
+        if not rows:
+            # DDP needs every rank in every step. The last step of an epoch may have fewer rows than
+            # there are ranks; then one without rows computes a row without labels: zero gradient.
+            ids, mask, labels, _ = step.rows(slice(0, 1))
+            own = batch_of(ids, mask, torch.full_like(labels, IGNORE))
+        return own, int(n_masked)
+
+    return share
 
 
 def own_rows(n: int, ranks: Ranks) -> range:

@@ -12,33 +12,29 @@ from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import load_documents
-from mlm_scratch.data.packing import Layout
-from mlm_scratch.data.rows import TokenRows, prepare_rows
+from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
-from mlm_scratch.hf.checks import (
-    packing_works,
-    ready_mask_works,
-    sparse_head_works,
-    unused_parameters,
-)
+from mlm_scratch.hf.checks import sparse_head_works, unused_parameters
 from mlm_scratch.hf.hub import model_commit
 from mlm_scratch.hf.load import load_tokenizer_and_model
-from mlm_scratch.hf.padded_vocabulary import PaddedVocabulary, pad_vocabulary
-from mlm_scratch.loader import Collator, Loader
-from mlm_scratch.model import MaskedLM
+from mlm_scratch.loader import Collator
 from mlm_scratch.optim import build_optimizer, build_schedule
 from mlm_scratch.parallel.ranks import ALONE, Ranks
+from mlm_scratch.parallel.shares import rows_per_step, share_among
 from mlm_scratch.precision import Precision, choose_precision
 from mlm_scratch.run.checkpoint import load_state
 from mlm_scratch.run.memory import keep_freed_memory
 from mlm_scratch.run.metrics import LossMeter
 from mlm_scratch.run.saver import Saver
-from mlm_scratch.run.schedules import rate_schedule
-from mlm_scratch.run.state import Training
-from mlm_scratch.run.stream_loader import StreamLoader
+from mlm_scratch.run.state import Training, rate_schedule
 from mlm_scratch.run.watch import read_watched
 from mlm_scratch.speed.bf16_on_cpu import precision_on_cpu
+from mlm_scratch.speed.checks import first_position_if_packed, ready_mask_works
+from mlm_scratch.speed.model import FastMaskedLM
+from mlm_scratch.speed.packing import Layout
+from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.probabilities import mask_rates
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 
@@ -52,7 +48,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     precision = choose_precision(config.device, config.precision)
     with ranks.rank0_first():
         loaded = load(config, checkpoint, ranks)
-    tokenizer, hf_model, rows = loaded.tokenizer, loaded.hf_model, loaded.rows
+    tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
     if loaded.eval_rows is None and (config.best or config.patience):
         flag = "--best" if config.best else "--patience"
         raise UserError(f"{flag} goes by the evaluation loss: name an --eval-file or a share")
@@ -74,12 +70,21 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
     model.to(precision.device)
-    collator = Collator(tokenizer, config, Layout(model.packs, aligned=on_gpu))
-    loader: Loader
-    if isinstance(rows, ShardedStream):
-        loader = StreamLoader(rows, collator, config, precision.device, ranks)
-    else:
-        loader = Loader(rows, collator, config, precision.device, ranks)
+    layout = Layout(config.block_size, packed=model.packs, aligned=on_gpu)
+    eval_layout = layout
+    if config.compile:
+        layout = replace(layout, mask_rate=max(mask_rates(config.mlm_probability)))
+        eval_layout = replace(layout, mask_rate=config.eval_mlm_probability)
+    collator = Collator(tokenizer, **config.masking())
+    loader = source.loader(
+        collator,
+        rows_per_step=rows_per_step(config, ranks),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=precision.device,
+        share=share_among(ranks, complete=source.complete),
+        arrange=layout,
+    )
     total_steps = config.max_steps or math.ceil(config.epochs * loader.steps_per_epoch)
     optimizer = build_optimizer(hf_model, config.lr, config.weight_decay)
     t = Training(
@@ -91,7 +96,9 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         model,
         ddp_model=model,
         loader=loader,
+        source=source,
         eval_rows=loaded.eval_rows,
+        eval_layout=eval_layout,
         total_steps=total_steps,
         optimizer=optimizer,
         scheduler=build_schedule(optimizer, rate_schedule(config, total_steps)),
@@ -99,14 +106,13 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         losses=LossMeter(precision.device, config.log_every, ranks),
         vocabulary=vocabulary,
         saver=Saver(in_background=precision.device.type != "cpu"),
-        sources=loaded.sources,
+        labels=loaded.labels,
         watched=watched,
     )
     torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
-    if isinstance(rows, ShardedStream):
-        rows.start()  # forks the workers: unsafe once NCCL is there, which begins with DDP
+    source.start()  # may fork workers: unsafe once NCCL is there, which begins with DDP
     if config.compile:
         model.compile(**compile_options(config, precision, ranks))
     t.ddp_model = ranks.wrap(model, precision.device)
@@ -118,9 +124,9 @@ class Loaded(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     hf_model: PreTrainedModel
-    rows: TokenRows | ShardedStream
-    eval_rows: TokenRows | None
-    sources: dict[str, str]  # what is read for training and evaluation, with its version
+    source: Source
+    eval_rows: PreparedRows | None
+    labels: dict[str, str]  # what is read for training and evaluation, with its version
     config: TrainConfig  # with the commits that the Hub had: a resume loads the same
 
 
@@ -133,46 +139,47 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
     texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
     tokenizer, hf_model = load_tokenizer_and_model(config, texts, checkpoint)
-    rows: TokenRows | ShardedStream
+    source: Source
     if config.streaming:
-        rows = ShardedStream(documents, tokenizer, config, ranks)
+        source = ShardedStream(documents, tokenizer, config, ranks)
         text = (
             f"a stream of {documents.label} in {documents.rows.num_shards} files, rows of "
             f"{config.block_size}"
         )
     else:
-        rows = prepare_rows(documents, tokenizer, config)
+        source = rows = prepare_rows(documents, tokenizer, config)
         text = (
             f"{len(documents):,} documents of {documents.label}, {len(rows.tokens):,} tokens in "
             f"{len(rows):,} rows of up to {config.block_size}"
         )
     eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    sources = {"training": documents.label}
+    labels = {"training": documents.label}
     if eval_documents is not None and eval_rows is not None:
-        sources["evaluation"] = eval_documents.label
+        labels["evaluation"] = eval_documents.label
         where = "held out" if eval_documents.held_out else f"to evaluate on: {eval_documents.label}"
         text += f", {len(eval_rows):,} {where}"
     print(f"text: {text}")
     config = replace(config, dataset_commit=documents.commit)
     if config.revision and not (config.model_commit or config.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
-    return Loaded(tokenizer, hf_model, rows, eval_rows, sources, config)
+    return Loaded(tokenizer, hf_model, source, eval_rows, labels, config)
 
 
 def _at(config: TrainConfig) -> str:
     return f" at {config.model_commit[:12]}" if config.model_commit else ""
 
 
-def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> MaskedLM:
+def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastMaskedLM:
     """Wrap a model, still on the CPU, and find out by small batches what it can do.
 
     Raises:
         UserError: the model has no gradient checkpointing, and that is asked for.
     """
-    model = MaskedLM(hf_model)
+    model = FastMaskedLM(hf_model)
     model.dense_head = config.dense_head or not sparse_head_works(model)
     if config.grouping == "lines":  # else no row is padded
-        model.packs = not config.no_packing and packing_works(model, config.block_size)
+        first = None if config.no_packing else first_position_if_packed(model, config.block_size)
+        model.packs, model.first_position = first is not None, first or 0
         model.ready_mask = model.packs or ready_mask_works(model, config.block_size)
     if ranks.size > 1:  # DDP would wait for their gradients
         for parameter in unused_parameters(model):
@@ -186,7 +193,7 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Maske
     return model
 
 
-def what_was_found(model: MaskedLM, config: TrainConfig, resumed: bool) -> str:
+def what_was_found(model: FastMaskedLM, config: TrainConfig, resumed: bool) -> str:
     """Say where the head comes from and runs, and how rows shorter than others are laid out."""
     head = "head on masked positions"
     if model.dense_head:

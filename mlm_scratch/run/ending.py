@@ -22,7 +22,6 @@ from mlm_scratch.run.metrics import (
 )
 from mlm_scratch.run.page import report_page
 from mlm_scratch.run.state import Training
-from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.run.watch import before_and_after
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import MODEL, find_fault
@@ -50,18 +49,17 @@ def leave_behind(t: Training, report: NoReport) -> None:
     results, lines = report.results(final_step), read_metrics(t.run_dir)
     if results["steps"] == 0:  # a finished run, resumed
         results |= _time_and_speed_before(t.run_dir)
-    card = model_card(t.config, t.sources, t.loader.rows_per_step, results, lines)
+    card = model_card(t.config, t.labels, t.loader.rows_per_step, results, lines)
     (t.run_dir / MODEL / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(t.run_dir / PICTURE, t.run_dir / MODEL)
     _write(t.run_dir / RESULTS, json.dumps(results, indent=2))
-    is_stream = isinstance(t.loader, StreamLoader)
     page = report_page(
         t.run_dir.resolve().name,
         lines,
         results,
         summary(results),
-        [] if is_stream else [*first_row_lines(t.loader, t.tokenizer, t.config)],
-        {**t.sources, **settings(t.config)},
+        [*first_row_lines(t.source, t.loader.rows_per_step, t.tokenizer, t.config)],
+        {**t.labels, **settings(t.config)},
         command_line(t.config),
     )
     _write(t.run_dir / PAGE, page)

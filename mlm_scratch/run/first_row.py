@@ -5,24 +5,27 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
+from mlm_scratch.data.rows import Source
 from mlm_scratch.hf.encode import visible_token
-from mlm_scratch.loader import Collator, Loader, epoch_order
+from mlm_scratch.loader import Collator
 from mlm_scratch.masking import IGNORE
 
 MAX_TOKENS = 12
 
 
 def first_row_lines(
-    loader: Loader, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+    source: Source, rows_per_step: int, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
 ) -> Iterator[str]:
     """Yield the first row of the first step that has a masked token near its start.
 
-    Three lines: its tokens, what the model sees, and the labels. The masks come from a separate
-    generator, so that the run itself does not change.
+    Three lines: its tokens, what the model sees, and the labels; none for a stream. The masks come
+    from a separate generator, so that the run itself does not change.
     """
-    rows, collator = loader.rows, Collator(tokenizer, config)
-    order = epoch_order(len(rows), config.seed, epoch=0)[: loader.rows_per_step]
-    batch = collator(rows, order)
+    first = source.first_rows(rows_per_step, config.seed)
+    if first is None:
+        return
+    rows, order = first
+    batch = Collator(tokenizer, **config.masking())(rows, order)
     is_masked = (batch.labels[:, :MAX_TOKENS] != IGNORE).any(dim=1)  # (B,)
     number = int(is_masked.int().argmax())  # 0 if there is none
     start, end = rows.starts[order[number]], rows.starts[order[number] + 1]

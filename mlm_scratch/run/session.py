@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm_scratch.config import TrainConfig
-from mlm_scratch.loop import run_steps
 from mlm_scratch.parallel.ranks import Ranks, all_ranks
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.directory import (
@@ -29,7 +28,7 @@ from mlm_scratch.run.memory import out_of_memory_means
 from mlm_scratch.run.metrics import NoReport, Report, draw_losses
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.state import Training
-from mlm_scratch.run.stream_loader import StreamLoader
+from mlm_scratch.run.steps import run_steps
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
 
@@ -99,8 +98,7 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
             # Only now that text and model are known to be fine:
             directory = ranks.rank0_decides(lambda: _new_directory(config, held))
         t.run_dir = directory
-        if isinstance(t.loader, StreamLoader):
-            held.callback(t.loader.stream.close)
+        held.callback(t.source.close)
         with (
             _directory_errors(directory),
             t.precision.tf32(),
@@ -144,10 +142,11 @@ def _begin(t: Training) -> Report:
     shutil.rmtree(t.run_dir / MODEL, ignore_errors=True)  # no longer final after a resume
     if t.steps_done:
         t.remove_old_checkpoints(t.steps_done)  # where a kill came before it
-    write_run_json(t.config, t.run_dir, t.ranks.name, t.sources)
+    write_run_json(t.config, t.run_dir, t.ranks.name, t.labels)
     point_latest_to(t.run_dir)
-    if not t.steps_done and not isinstance(t.loader, StreamLoader):
-        print(*first_row_lines(t.loader, t.tokenizer, t.config), sep="\n")
+    if not t.steps_done:
+        for line in first_row_lines(t.source, t.loader.rows_per_step, t.tokenizer, t.config):
+            print(line)
     ranks = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
     print(f"run: {t.run_dir}, steps {t.steps_done} to {t.total_steps}{ranks}", flush=True)
     return Report(

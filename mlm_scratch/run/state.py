@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,23 +13,23 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig, as_steps
-from mlm_scratch.data.rows import TokenRows
+from mlm_scratch.data.rows import PreparedRows, Source
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
-from mlm_scratch.hf.padded_vocabulary import PaddedVocabulary
 from mlm_scratch.loader import Loader
 from mlm_scratch.model import MaskedLM
-from mlm_scratch.optim import build_schedule
+from mlm_scratch.optim import build_schedule, share_of_peak
 from mlm_scratch.parallel.ranks import Ranks
-from mlm_scratch.precision import LossScaler, Precision
+from mlm_scratch.precision import Precision
 from mlm_scratch.run.checkpoint import remove_old, save_checkpoint
 from mlm_scratch.run.directory import MAY_CHANGE_ON_RESUME, PER_RANK, check_same_run
 from mlm_scratch.run.memory import out_of_memory_means
 from mlm_scratch.run.metrics import LossMeter, NoReport, lowest
 from mlm_scratch.run.saver import Saver
-from mlm_scratch.run.schedules import rate_schedule
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.watch import Watched, fill_watched
+from mlm_scratch.speed.packing import Layout
+from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary
 from mlm_scratch.util.errors import UserError
 
 
@@ -44,19 +45,32 @@ class Training:
     model: MaskedLM  # the same weights, with the head on masked positions only
     ddp_model: Any  # the same again, with gradients all-reduced if there are several ranks
     loader: Loader
-    eval_rows: TokenRows | None
+    source: Source
+    eval_rows: PreparedRows | None
+    eval_layout: Layout
     total_steps: int
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    scaler: LossScaler
+    scaler: torch.amp.GradScaler
     losses: LossMeter
     vocabulary: PaddedVocabulary
     saver: Saver
-    sources: dict[str, str]  # what is read for training and evaluation, with its version
+    labels: dict[str, str]  # what is read for training and evaluation, with its version
     watched: list[Watched]
     run_dir: Path = Path()
     steps_done: int = 0
     evaluations: dict[int, float] = field(default_factory=dict)  # losses, by the steps done
+
+    def step_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `train_step` other than the step."""
+        return {
+            "model": self.ddp_model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "autocast": self.precision.autocast,
+            "max_grad_norm": self.config.max_grad_norm,
+        }
 
     def due(self, every: int, step: int | None = None) -> bool:
         """Whether something done every `every` steps (0: only at the end) is due.
@@ -103,6 +117,7 @@ class Training:
                 self.precision,
                 self.ranks,
                 stop,
+                self.eval_layout,
             )
         if metrics is None:
             return False
@@ -179,7 +194,7 @@ class Training:
     def text_digests(self) -> dict[str, str]:
         """Return digests that distinguish the texts of this run from any other."""
         held_out = self.eval_rows.text_digest if self.eval_rows else ""
-        return {"training": self.loader.rows.text_digest, "evaluation": held_out}
+        return {"training": self.source.text_digest, "evaluation": held_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the weights come with the model.
@@ -224,3 +239,14 @@ def check_resume(t: Training, state: dict[str, Any]) -> None:
             f"--resume: the run has {state['steps_done']} steps already, more than the "
             f"{t.total_steps} asked for"
         )
+
+
+def rate_schedule(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Return the schedule of a run: the number of a step -> its share of the peak rate."""
+    return partial(
+        share_of_peak,
+        total_steps=total_steps,
+        schedule=config.schedule,
+        warmup_steps=as_steps(config.warmup_steps, total_steps),
+        decay_steps=as_steps(config.decay_steps, total_steps),
+    )

@@ -8,8 +8,8 @@ machine and 0.8 x on another, where the casts cost more than the products gain (
 
 import torch
 
-from mlm_scratch.hf.checks import bf16_works
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.speed.checks import bf16_works
 
 UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # torch's names, and everybody's
 WIDE_ENOUGH = 256  # hidden size

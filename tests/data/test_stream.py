@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from mlm_scratch.data.documents import load_documents
-from mlm_scratch.data.stream import ShardedStream
+from mlm_scratch.data.stream import ShardedStream, StreamLoader
 from mlm_scratch.hf.load import load_tokenizer
 from mlm_scratch.loader import Collator
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.run.session import train
-from mlm_scratch.run.stream_loader import StreamLoader
 from mlm_scratch.util.errors import UserError
 from tests.support.processes import finish, forget_after, forked
 from tests.support.same import assert_same_curve, assert_same_run
@@ -64,7 +63,9 @@ def test_a_pass_has_every_document_of_a_shard_once_and_shuffled(files, small_buf
     settings = config(files, train_file=tuple(str(files / name) for name in names))
     tokenizer = load_tokenizer(settings.model)
     stream = ShardedStream(load_documents(settings)[0], tokenizer, settings)
-    loader = StreamLoader(stream, Collator(tokenizer, settings), settings, torch.device("cpu"))
+    size = settings.batch_size
+    collator = Collator(tokenizer, **settings.masking())
+    loader = StreamLoader(stream, collator, rows_per_step=size, batch_size=size)
     shards = [[] for _ in range(16)]
     for step in loader.steps(0, 70):
         (batch,) = step.batches

@@ -11,7 +11,6 @@ from transformers import (
 )
 
 from mlm_scratch.hf.checks import (
-    bf16_works,
     check_fit,
     ignores_padding,
     longest_input,
@@ -54,19 +53,6 @@ def test_checks_leave_the_model_as_it_is():
     assert model.bert.attention_type == "block_sparse"
     model(input_ids=torch.arange(8)[None])
     assert model.bert.attention_type == "original_full"
-
-
-def test_a_model_that_refuses_bf16_is_detected():
-    model = MaskedLM(roberta(TOKENIZER))
-    assert bf16_works(model)
-
-    def refuse(*_):
-        if torch.is_autocast_enabled("cpu"):
-            raise RuntimeError("not implemented for 'BFloat16'")
-
-    model.hf_model.roberta.encoder.register_forward_pre_hook(refuse)
-    assert not bf16_works(model)
-    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_longest_input():

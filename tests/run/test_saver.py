@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlm_scratch.loop import run_steps
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import all_ranks
 from mlm_scratch.run import checkpoint, saver, state
 from mlm_scratch.run.saver import Saver, copied_to_cpu
 from mlm_scratch.run.session import open_run, train
+from mlm_scratch.run.steps import run_steps
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, find_fault
 from tests.support.same import assert_same_run

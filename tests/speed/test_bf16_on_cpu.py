@@ -6,6 +6,7 @@ import torch
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.speed import bf16_on_cpu
 from mlm_scratch.speed.bf16_on_cpu import WIDE_ENOUGH, precision_on_cpu
+from mlm_scratch.speed.checks import bf16_works
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 WIDE, NARROW = WIDE_ENOUGH, WIDE_ENOUGH - 64
@@ -34,3 +35,16 @@ def test_a_model_that_refuses_it_stays_in_fp32(monkeypatch):
     monkeypatch.setattr(bf16_on_cpu, "bf16_works", lambda model: False)
     model = MaskedLM(roberta(byte_level_tokenizer(), hidden_size=WIDE))
     assert precision_on_cpu(model) == ("fp32", "the model refuses bf16")
+
+
+def test_a_model_that_refuses_bf16_is_detected():
+    model = MaskedLM(roberta(byte_level_tokenizer()))
+    assert bf16_works(model)
+
+    def refuse(*_):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("not implemented for 'BFloat16'")
+
+    model.hf_model.roberta.encoder.register_forward_pre_hook(refuse)
+    assert not bf16_works(model)
+    assert all(weight.grad is None for weight in model.parameters())

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.config import BUNDLED_RECIPE, TrainConfig
 from mlm_scratch.data.documents import load_documents
-from mlm_scratch.data.rows import TokenRows, prepare_rows
+from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
-from mlm_scratch.loader import Batch, Collator
+from mlm_scratch.loader import Batch, Collator, TokenRows, batch_of
 from mlm_scratch.run import build
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
@@ -55,7 +55,7 @@ class MaskedOnce(Collator):
             self.masked = super().__call__(rows, np.arange(len(rows)))
         width = int((rows.starts[indices + 1] - rows.starts[indices]).max())
         ids, mask, labels = (part[indices, :width] for part in self.masked[:3])  # type: ignore
-        return Batch(ids, None if mask.all() else mask, labels, self.positions_of(labels))
+        return batch_of(ids, None if mask.all() else mask, labels)
 
 
 def run(name: str, config: TrainConfig) -> dict[str, float]:

@@ -40,16 +40,17 @@ from transformers import (
 
 from mlm_scratch.config import TrainConfig, resolve
 from mlm_scratch.data.documents import load_documents
-from mlm_scratch.data.rows import TokenRows, prepare_rows, tokenize, write_rows
+from mlm_scratch.data.rows import PreparedRows as TokenRows
+from mlm_scratch.data.rows import prepare_rows, tokenize, write_rows
 from mlm_scratch.hf.load import load_model
 from mlm_scratch.loader import Collator, Step
-from mlm_scratch.loop import run_steps
 from mlm_scratch.precision import choose_precision
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.flops import StepFlops, peak_rate
 from mlm_scratch.run.memory import THREAD_CACHE_OFF
 from mlm_scratch.run.metrics import NoReport
 from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.run.steps import run_steps
 from mlm_scratch.util.probabilities import mask_rates
 
 ROOT = Path(__file__).parents[2]
@@ -279,7 +280,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     rows = prepare_rows(documents, tokenizer, config)
     examples = examples_of(rows, 2000)
     for size in (8, 256):
-        collator = Collator(tokenizer, config)
+        collator = Collator(tokenizer)
         hf_collator = DataCollatorForLanguageModeling(tokenizer, seed=42)
         indices, part = np.arange(size), examples[:size]
         times = 2000 // size

@@ -57,7 +57,7 @@ from mlm_scratch.config import TrainConfig
 from mlm_scratch.data import corpus
 from mlm_scratch.hf.small_modernbert import train_tokenizer
 from mlm_scratch.loader import Step
-from mlm_scratch.loop import train_step
+from mlm_scratch.loop import run_steps, train_step
 from mlm_scratch.precision import DTYPES, Precision
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.flops import StepFlops, peak_rate
@@ -303,7 +303,7 @@ class Check:
         """Run and measure these steps."""
         watch, positions = Stopwatch(*self.scale.steps[rows]), 0
         for step in steps:
-            train_step(t, step)
+            train_step(step=step, **t.step_arguments())
             watch.on_step_end()
             positions += sum(len(batch.positions) for batch in step.batches)
         return watch.timed(positions / watch.done)
@@ -364,7 +364,7 @@ class Check:
             seconds = self.time_steps(t, islice(steps, count), rows).seconds
             on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
-                train_step(t, next(steps))
+                train_step(step=next(steps), **t.step_arguments())
                 time_when_idle()
         entry.values = {"seconds": seconds} | kernel_figures(profiler.events() or [], seconds)
 
@@ -390,7 +390,8 @@ class Check:
         settings = {"max_steps": steps, "lr": lr, "warmup_steps": steps // 10}
         with fresh(precision):
             t = prepare(self.config(self.facts, rows, precision, **settings))
-            losses = [train_step(t, step)[0] for step in t.loader.steps(0, steps)]
+            done = run_steps(t.loader.steps(0, steps), **t.step_arguments())
+            losses = [step.loss for step in done]
             # The schedule does not count steps that were skipped.
             return torch.stack(losses).tolist(), steps - t.scheduler.last_epoch
 

@@ -25,9 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mlm_scratch.config import TUTORIAL
-from mlm_scratch.data.rows import TokenRows
-from mlm_scratch.loader import Collator, epoch_order
+from mlm_scratch.loader import Collator, TokenRows, epoch_order
 from mlm_scratch.run.flops import StepFlops
 
 BLOCK = 128
@@ -57,7 +55,7 @@ def measure(tokenizer: PreTrainedTokenizerBase) -> Measured:
         np.random.default_rng(0).integers(5, len(tokenizer), 256 * BLOCK).astype(np.uint16),
         np.arange(257) * BLOCK,
     )
-    collator, data = Collator(tokenizer, TUTORIAL), bytes(2**28)
+    collator, data = Collator(tokenizer), bytes(2**28)
     return Measured(
         mask=_fastest(lambda: collator(rows, np.arange(256))) / (256 * BLOCK),
         order=_fastest(lambda: epoch_order(10**7, 0, 0)) / 10**7,

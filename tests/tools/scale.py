@@ -20,14 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlm_scratch.data.documents import TEXTS_PER_BATCH, load_documents
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.load import load_tokenizer
 from mlm_scratch.loader import Collator
-from mlm_scratch.run.stream_loader import StreamLoader
 from tests.support.fact_prompts import EMITTED
 from tests.tools.bench import memory_of_process, tutorial_shape
 
@@ -96,7 +94,8 @@ def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
     config = tutorial_shape(model, str(text), "text", streaming=True, batch_size=256)
     tokenizer = load_tokenizer(model)
     stream = ShardedStream(load_documents(config)[0], tokenizer, config)
-    loader = StreamLoader(stream, Collator(tokenizer, config), config, torch.device("cpu"))
+    size_of_step = {"rows_per_step": stream.rows_per_step, "batch_size": config.batch_size}
+    loader = stream.loader(Collator(tokenizer), **size_of_step)
     buffers = math.ceil(documents / len(stream.positions) / TEXTS_PER_BATCH)  # of each shard
     begin, tokens, printed = time.perf_counter(), 0, 0
     for step in loader.steps(0, 10**9):

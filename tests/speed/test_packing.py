@@ -8,13 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, ModernBertConfig
 
-from mlm_scratch.data.packing import Layout, best_fit
-from mlm_scratch.hf.checks import packing_works
-from mlm_scratch.model import MaskedLM
+from mlm_scratch.loader import Batch
 from mlm_scratch.parallel.ranks import ALONE
 from mlm_scratch.run.build import adapt
 from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
+from mlm_scratch.speed.checks import first_position_if_packed
+from mlm_scratch.speed.model import FastMaskedLM
+from mlm_scratch.speed.packing import Layout, best_fit
+from mlm_scratch.speed.shapes import positions_in_texts
 from tests.support.processes import finish, forget_after, forked
 from tests.support.tiny import (
     NO_DROPOUT,
@@ -44,13 +46,15 @@ def test_rows_side_by_side_by_eye():
     input_ids = torch.tensor([[1, 2, 0, 0], [3, 4, 5, 6], [7, 0, 0, 0], [8, 9, 0, 0]])
     attention_mask = (input_ids > 0).long()
     labels = torch.where(input_ids % 3 == 1, input_ids, -100)
-    packed = Layout(packed=True).arrange(input_ids, attention_mask, labels, limit=9)
-    ids, texts, packed_labels, position_ids = (rows.tolist() for rows in packed)
+    batch = Batch(input_ids, attention_mask, labels, torch.empty(0))
+    packed = Layout(9, packed=True)(batch)
+    ids, texts, packed_labels, _ = (rows.tolist() for rows in packed)
+    position_ids = positions_in_texts(packed.attention_mask).tolist()
     assert ids == [[3, 4, 5, 6], [1, 2, 8, 9], [7, 0, 0, 0]]
     assert texts == [[1, 1, 1, 1], [1, 1, 2, 2], [1, 0, 0, 0]]
     assert packed_labels == [[-100, 4, -100, -100], [1, -100, -100, -100], [7, -100, -100, -100]]
-    assert position_ids == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 0, 0]]
-    aligned = Layout(packed=True, aligned=True).arrange(input_ids, attention_mask, labels, limit=9)
+    assert position_ids == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 1, 2]]
+    aligned = Layout(9, packed=True, aligned=True)(batch)
     assert aligned[0].tolist() == [[3, 4, 5, 6, 1, 2, 8, 9], [7, 0, 0, 0, 0, 0, 0, 0]]
 
 
@@ -114,9 +118,8 @@ def test_a_packed_run_ends_like_a_padded_one(files, capsys):
 def test_rows_as_long_as_a_model_takes_are_packed():
     """A BERT of 40 positions has none left to count from 1."""
     model = AutoModelForMaskedLM.from_config(bert_config())
-    assert packing_works(MaskedLM(model), 40)
-    roberta_like = MaskedLM(roberta(byte_level_tokenizer()))
-    assert packing_works(roberta_like, 64) and roberta_like.first_position == 2
+    assert first_position_if_packed(FastMaskedLM(model), 40) == 0
+    assert first_position_if_packed(FastMaskedLM(roberta(byte_level_tokenizer())), 64) == 2
 
 
 def test_rows_longer_than_a_window_are_not_packed(files, capsys):
@@ -135,9 +138,9 @@ def test_rows_longer_than_a_window_are_not_packed(files, capsys):
             max_position_embeddings=128,
         )
     )
-    masked_lm = MaskedLM(model)
-    works = [packing_works(masked_lm, length) for length in (8, 16, 40, 64)]
-    assert works == [True, True, False, False]  # a window reaches 16 tokens to each side
+    masked_lm = FastMaskedLM(model)
+    firsts = [first_position_if_packed(masked_lm, length) for length in (8, 16, 40, 64)]
+    assert firsts == [0, 0, None, None]  # a window reaches 16 tokens to each side
     config = small_config(files, **LINES)
     found = adapt(model, config, ALONE)
     assert not found.packs and not found.ready_mask

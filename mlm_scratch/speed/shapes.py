@@ -38,6 +38,14 @@ def additive_mask(attention_mask: Tensor, packed: bool) -> Tensor:
     return torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, lowest)
 
 
+def positions_in_texts(numbers: Tensor) -> Tensor:
+    """(B, T), the number of each token's text in its row -> (B, T) its position in that text."""
+    starts = torch.ones_like(numbers, dtype=torch.bool)  # (B, T)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    columns = torch.arange(numbers.shape[1], device=numbers.device)  # (T,)
+    return columns - torch.where(starts, columns, 0).cummax(dim=1).values  # (B, T)
+
+
 def aligned_width(width: int, limit: int) -> int:
     """Round up to a multiple of 8, which a GPU's attention kernels need, but not over `limit`."""
     return max(width, min(math.ceil(width / 8) * 8, limit))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
-from mlm_scratch.hf.padded_vocabulary import NEVER, PaddedVocabulary, pad_vocabulary
 from mlm_scratch.hf.small_modernbert import small_modernbert_config
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_optimizer
+from mlm_scratch.speed.padded_vocabulary import NEVER, PaddedVocabulary, pad_vocabulary
 from tests.support.same import assert_same
 from tests.support.tiny import NO_DROPOUT, batch_of, bert_config, byte_level_tokenizer, roberta
 

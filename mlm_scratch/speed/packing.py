@@ -16,65 +16,60 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mlm_scratch.loader import Batch, batch_of
 from mlm_scratch.masking import IGNORE
-from mlm_scratch.util.shapes import aligned_width
+from mlm_scratch.speed.shapes import aligned_width, pad_positions
 
 PAD = 0  # any id works: the attention mask hides it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of a batch become those that the model gets.
+    """How the rows of a batch become those that the model gets. Call it with a batch.
 
     Attributes:
-        packed: lay them side by side.
+        limit: the widest row allowed.
+        packed: lay them side by side. The attention mask of the result has the number of the text
+            in its row, 1, 2, ..., at each token.
         aligned: widen them to a multiple of 8, which a GPU's attention kernels need.
+        mask_rate: if not 0, find the same number of positions in every batch, for torch.compile;
+            the share of the tokens that are masked.
     """
 
+    limit: int
     packed: bool = False
     aligned: bool = False
+    mask_rate: float = 0.0
 
-    def arrange(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, limit: int
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Arrange the rows of a batch, which are padded if they have an attention mask.
+    def __call__(self, batch: Batch) -> Batch:
+        """Arrange the rows of a batch; without padding they stay as they are."""
+        if batch.attention_mask is not None:
+            batch = self._arranged(batch.input_ids, batch.attention_mask, batch.labels)
+        if self.mask_rate:
+            is_masked = batch.labels.flatten() != IGNORE  # (B * T,)
+            batch = batch._replace(positions=pad_positions(is_masked, self.mask_rate))
+        return batch
 
-        Args:
-            input_ids: (B, T).
-            attention_mask: (B, T), 1 at tokens, 0 at padding, on the right; None without padding.
-            labels: (B, T).
-            limit: the widest row allowed.
-
-        Returns:
-            (input_ids, attention_mask, labels, position_ids), (B', T') each. Packed, the mask has
-            the number of the text in its row, 1, 2, ..., at each token; not packed, the position
-            ids are None.
-        """
-        if attention_mask is None:
-            return input_ids, None, labels, None
+    def _arranged(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Batch:
         width = input_ids.shape[1]
         if self.packed:  # a part of a step may be narrower
             width = int(attention_mask.sum(dim=1).max())
         if self.aligned:
-            width = aligned_width(width, limit)
+            width = aligned_width(width, self.limit)
         if self.packed:
-            return pack(input_ids, attention_mask, labels, width)
+            return batch_of(*pack(input_ids, attention_mask, labels, width))
         extra = (0, width - input_ids.shape[1])
-        return (
+        return batch_of(
             pad(input_ids, extra, value=PAD),
             pad(attention_mask, extra),
             pad(labels, extra, value=IGNORE),
-            None,
         )
-
-
-PADDED = Layout()
 
 
 def pack(
     input_ids: Tensor, attention_mask: Tensor, labels: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lay rows, (B, T) each, side by side into rows of `width`; see `Layout.arrange`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay rows, (B, T) each, side by side into rows of `width`; see `Layout`."""
     places = best_fit(attention_mask.sum(dim=1).tolist(), width)
     row, column, number = torch.tensor(places).T[:, :, None]  # (B, 1) each
     is_token = attention_mask.bool()  # (B, T)
@@ -92,7 +87,6 @@ def pack(
         moved(input_ids, PAD),
         moved(number.expand_as(is_token), 0),
         moved(labels, IGNORE),
-        moved(positions, 0),
     )
 
 

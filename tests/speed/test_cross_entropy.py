@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mlm_scratch.util.cross_entropy import cross_entropy_sum
+from mlm_scratch.speed.cross_entropy import cross_entropy_sum
 
 
 def logits_and_labels(dtype=torch.float32):
@@ -32,7 +32,7 @@ def test_the_sum_and_its_gradient_are_torchs_own(dtype, monkeypatch):
     got = sum_and_gradient(cross_entropy_sum, *logits_and_labels(dtype))
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     assert got[0].dtype == torch.float32 and got[1].dtype == dtype
-    monkeypatch.setattr("mlm_scratch.util.cross_entropy.LOGITS_AT_ONCE", 7 * 30)  # 8 chunks
+    monkeypatch.setattr("mlm_scratch.speed.cross_entropy.LOGITS_AT_ONCE", 7 * 30)  # 8 chunks
     got = sum_and_gradient(cross_entropy_sum, *logits_and_labels(dtype))
     torch.testing.assert_close(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
