@@ -16,7 +16,7 @@ import typing
 from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
-from mlm_scratch.run.memory import restart_without_thread_cache
+from mlm_scratch.speed.allocator import restart_without_thread_cache
 from mlm_scratch.util.errors import OneLineParser, run_command
 from mlm_scratch.util.launch import this_launch
 from mlm_scratch.util.runs import MODEL

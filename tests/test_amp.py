@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlm_scratch.report.log import FileReport
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.checkpoint import load_state
-from mlm_scratch.run.metrics import Report, read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
@@ -34,7 +35,7 @@ def steps(t, count, run_dir="run"):
     t.run_dir.mkdir(exist_ok=True)
     last, total = t.steps_done + count, t.total_steps
     t.total_steps = last
-    with Report(Path(run_dir), t.steps_done, last, 12) as report:
+    with FileReport(Path(run_dir), t.steps_done, last, 12) as report:
         run_steps(t, report, StopRequest())
     t.total_steps = total
     return read_metrics(t.run_dir)[-count:]

@@ -9,7 +9,7 @@ from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.inference.pairs import judge, read_pairs
 from mlm_scratch.inference.score import METHODS
-from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.report.metrics import read_metrics
 from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
 from tests.support.processes import ROOT
 

@@ -20,7 +20,7 @@ from mlm_scratch.loader import Collator, Loader
 from mlm_scratch.loop import run_steps
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_optimizer, build_schedule, share_of_peak
-from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.tiny import small_config
 

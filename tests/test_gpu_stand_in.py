@@ -38,9 +38,10 @@ from mlm_scratch.loader import Batch, Loader, Step
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
+from mlm_scratch.report.log import NoReport
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import build
 from mlm_scratch.run.build import prepare
-from mlm_scratch.run.metrics import NoReport, read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
@@ -93,7 +94,7 @@ N_STEPS = 5  # the last one saves a checkpoint
 OFTEN = {"precision": "bf16", **LINES, "log_every": 3, "eval_every": 2}
 OFTEN |= {"eval_fraction": 0.2, "eval_batch_size": 8}
 EVALUATION = ({"to cpu evaluate.py": 1}, {COPY: 11})  # the second batch is one row
-LOGGING = ({"item run/metrics.py": 2, "item run/steps.py": 1}, {COPY: 4})
+LOGGING = ({"item run/losses.py": 2, "item run/steps.py": 1}, {COPY: 4})
 PERIODIC: list[tuple[dict[str, int], dict[str, int]]] = [
     ({}, {COPY: 4}),
     EVALUATION,

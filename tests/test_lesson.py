@@ -18,7 +18,7 @@ from transformers import (
 from mlm_scratch.config import resolve
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import prepare_rows
-from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.tiny import SENTENCES, save_roberta
 

@@ -12,13 +12,15 @@ from mlm_scratch.config import TUTORIAL
 from mlm_scratch.loop import train_step
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
+from mlm_scratch.report.log import FileReport
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import build
-from mlm_scratch.run.build import compile_options, prepare
+from mlm_scratch.run.build import prepare
 from mlm_scratch.run.directory import make_run_dir
-from mlm_scratch.run.metrics import Report, read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
+from mlm_scratch.speed.compiling import compile_options
 from tests.support.same import assert_same
 from tests.support.tiny import NO_DROPOUT, save_roberta, small_config
 
@@ -53,7 +55,7 @@ def lines_and_gradients(settings):
         )
     )
     t.run_dir = make_run_dir(settings)
-    with Report(t.run_dir, 0, t.total_steps, t.loader.steps_per_epoch) as report:
+    with FileReport(t.run_dir, 0, t.total_steps, t.loader.steps_per_epoch) as report:
         run_steps(t, report, StopRequest())
     return list(zip(read_metrics(t.run_dir), gradients, strict=True))
 

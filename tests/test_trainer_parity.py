@@ -19,7 +19,7 @@ from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
-from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.tiny import SENTENCES, small_config, write_text
 

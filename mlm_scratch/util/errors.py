@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, which not every system has
@@ -21,6 +22,17 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether a device, or the machine, has no memory left (torch has a type for CUDA only)."""
     no_memory = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(text in str(error) for text in no_memory)
+
+
+@contextmanager
+def out_of_memory_means(advice: str) -> Iterator[None]:
+    """Turn "out of memory", from whatever device, into a UserError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from error
 
 
 def shortened(text: str) -> str:

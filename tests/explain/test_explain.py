@@ -14,7 +14,7 @@ from mlm_scratch.explain.trace import trace
 from mlm_scratch.hf.encode import visible_token
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.model import MaskedLM
-from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.tiny import NO_DROPOUT, byte_level_tokenizer, save_files, small_config
 

@@ -19,7 +19,7 @@ import torch
 
 from mlm_scratch.config import TUTORIAL
 from mlm_scratch.hf.hub import hub_answers
-from mlm_scratch.run.metrics import read_metrics
+from mlm_scratch.report.metrics import read_metrics
 from tests.support.hub_server import StandInHub
 from tests.support.processes import ROOT
 from tests.support.tiny import SENTENCES, save_roberta

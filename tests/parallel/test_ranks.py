@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mlm_scratch.parallel import ranks
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.directory import resumed_config
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, find_fault, step_of

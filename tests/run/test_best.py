@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import state
 from mlm_scratch.run.directory import resumed_config
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints, step_of

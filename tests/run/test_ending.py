@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import train as command
 from mlm_scratch.config import resolve
 from mlm_scratch.hf.load import load_model
+from mlm_scratch.report.card import MAX_ROWS, command_line, model_card, without_directories
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import ending
-from mlm_scratch.run.card import MAX_ROWS, command_line, model_card, without_directories
 from mlm_scratch.run.directory import resumed_config
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.same import assert_same
 from tests.support.tiny import small_config, small_flags

@@ -16,8 +16,8 @@ import train as command
 from mlm_scratch.hf.checks import ignores_padding, sparse_head_works
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import state
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError, is_out_of_memory
 from tests.support.processes import ROOT
@@ -146,7 +146,7 @@ def test_a_model_without_gradient_checkpointing_is_refused(files, monkeypatch):
 
 RESTART = """
 import os, sys
-from mlm_scratch.run.memory import restart_without_thread_cache
+from mlm_scratch.speed.allocator import restart_without_thread_cache
 print(os.getpid(), sys.argv[1:], flush=True)
 restart_without_thread_cache()
 print(os.environ["GLIBC_TUNABLES"])

@@ -22,9 +22,9 @@ from transformers import (
 
 from mlm_scratch.hf.hub import newest_model
 from mlm_scratch.precision import Precision
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import build, state
 from mlm_scratch.run.directory import resumed_config
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.runs import checkpoints

@@ -13,8 +13,8 @@ import pytest
 from mlm_scratch.data import rows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import state
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.util.runs import checkpoints, find_fault, step_of

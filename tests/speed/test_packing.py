@@ -10,8 +10,8 @@ from transformers import AutoModelForMaskedLM, ModernBertConfig
 
 from mlm_scratch.loader import Batch
 from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.build import adapt
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from mlm_scratch.speed.checks import first_position_if_packed
 from mlm_scratch.speed.model import FastMaskedLM

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from mlm_scratch.run.metrics import METRICS, read_metrics
+from mlm_scratch.report.metrics import METRICS, read_metrics
 from mlm_scratch.util.runs import MODEL, STATE, checkpoints, find_fault
 
 WEIGHTS = "model.safetensors"

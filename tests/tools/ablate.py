@@ -25,8 +25,8 @@ from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.loader import Batch, Collator, TokenRows, batch_of
+from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import build
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
 from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
 

@@ -45,12 +45,12 @@ from mlm_scratch.data.rows import prepare_rows, tokenize, write_rows
 from mlm_scratch.hf.load import load_model
 from mlm_scratch.loader import Collator, Step
 from mlm_scratch.precision import choose_precision
+from mlm_scratch.report.log import NoReport
 from mlm_scratch.run.build import prepare
-from mlm_scratch.run.flops import StepFlops, peak_rate
-from mlm_scratch.run.memory import THREAD_CACHE_OFF
-from mlm_scratch.run.metrics import NoReport
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
+from mlm_scratch.speed.allocator import THREAD_CACHE_OFF
+from mlm_scratch.speed.flops import StepFlops, peak_rate
 from mlm_scratch.util.probabilities import mask_rates
 
 ROOT = Path(__file__).parents[2]

@@ -60,8 +60,8 @@ from mlm_scratch.loader import Step
 from mlm_scratch.loop import run_steps, train_step
 from mlm_scratch.precision import DTYPES, Precision
 from mlm_scratch.run.build import prepare
-from mlm_scratch.run.flops import StepFlops, peak_rate
 from mlm_scratch.run.state import Training
+from mlm_scratch.speed.flops import StepFlops, peak_rate
 from tests.support.tiny import NO_DROPOUT, write_text
 from tests.tools.bench import ROOT, run_trainer, summary, tutorial_shape
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from mlm_scratch.loader import Collator, TokenRows, epoch_order
-from mlm_scratch.run.flops import StepFlops
+from mlm_scratch.speed.flops import StepFlops
 
 BLOCK = 128
 ROWS_PER_GPU = 256

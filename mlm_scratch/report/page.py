@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from mlm_scratch.run.metrics import answer_curves, evaluations
-from mlm_scratch.run.watch import before_and_after, short
+from mlm_scratch.report.metrics import answer_curves, evaluations
+from mlm_scratch.report.watch import before_and_after, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 48, 12, 10, 28  # of a chart, in px
 TICKS = 5

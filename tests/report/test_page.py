@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mlm_scratch.run.metrics import read_metrics
-from mlm_scratch.run.page import ticks
+from mlm_scratch.report.metrics import read_metrics
+from mlm_scratch.report.page import ticks
 from mlm_scratch.run.session import train
 from tests.support.tiny import small_config
 

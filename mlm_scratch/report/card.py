@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
-from mlm_scratch.run.metrics import PICTURE
-from mlm_scratch.run.watch import before_and_after
+from mlm_scratch.report.picture import PICTURE
+from mlm_scratch.report.watch import before_and_after
 
 MAX_ROWS = 20  # of the table of evaluations
 # Settings that others follow from (config.resolve).

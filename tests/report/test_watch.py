@@ -11,10 +11,10 @@ from transformers import BertForMaskedLM
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.report.metrics import read_metrics
+from mlm_scratch.report.watch import fill_watched, read_watched, watched_line
 from mlm_scratch.run.directory import resumed_config
-from mlm_scratch.run.metrics import read_metrics
 from mlm_scratch.run.session import train
-from mlm_scratch.run.watch import fill_watched, read_watched, watched_line
 from mlm_scratch.util.errors import UserError
 from tests.hf.test_new_words import sentencepiece, sentencepiece_with_its_mask_outside
 from tests.support.tiny import (

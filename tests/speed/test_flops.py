@@ -6,10 +6,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForMaskedLM, RobertaConfig
 
 from mlm_scratch.precision import DTYPES, Precision
-from mlm_scratch.run import flops
 from mlm_scratch.run.build import prepare
-from mlm_scratch.run.flops import StepFlops, Utilization, peak_rate
 from mlm_scratch.run.session import train
+from mlm_scratch.speed import flops
+from mlm_scratch.speed.flops import StepFlops, Utilization, peak_rate
 from tests.support.tiny import small_config
 
 
