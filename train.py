@@ -13,7 +13,7 @@ import shlex
 import sys
 import typing
 
-from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
+from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, resolve
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
@@ -39,14 +39,15 @@ def main() -> None:
         if recipe != "auto":
             given["recipe"] = recipe
         config = resumed_config(given.pop("output_dir", None), given)
-        print(f"resuming {config.output_dir}", flush=True)
+        print(f"resuming {config.output.output_dir}", flush=True)
     else:
         recipe, reason = choose_recipe(recipe, given)
         config = resolve(recipe, given)
         print(f"recipe {recipe}: {reason}", flush=True)
 
-    sources = [config.model] if config.train_file else [config.model, config.dataset]
-    go_offline_without_hub(*sources)
+    text = config.text
+    sources = [config.model.name, "" if text.train_file else text.dataset]
+    go_offline_without_hub(*filter(None, sources))
     from mlm_scratch.run.session import train  # imports torch and transformers: seconds
 
     run_dir = train(config, resume=resume)
@@ -57,7 +58,7 @@ def main() -> None:
     print(f"share it, with its model card: hf upload {name} {model}")
     print(f"model: {run_dir / MODEL}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
-    if config.dataset == BUNDLED and this_launch().is_first:
+    if text.dataset == BUNDLED and this_launch().is_first:
         from mlm_scratch.inference.unseen import unseen_lines
 
         for line in unseen_lines(run_dir / MODEL):
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Turn every field of TrainConfig into a flag. Flags that are not given are absent."""
+    """Turn every setting into a flag, grouped by section. Flags that are not given are absent."""
     parser = OneLineParser(
         prog="train.py",
         description=__doc__,
@@ -81,11 +82,13 @@ def parse_arguments() -> argparse.Namespace:
         help="settings to start from; auto (default): tutorial where the Hub answers or all is "
         "cached, else bundled, which needs no download",
     )
-    types = typing.get_type_hints(TrainConfig)
-    for option in dataclasses.fields(TrainConfig):
-        if "help" in option.metadata:
-            flag = "--" + option.name.replace("_", "-")
-            parser.add_argument(flag, **_argument(option, types[option.name]))
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(name, section.__doc__)
+        kinds = typing.get_type_hints(section)
+        for setting, option in section.options():
+            if "help" in option.metadata:
+                flag = "--" + setting.replace("_", "-")
+                group.add_argument(flag, **_argument(option, kinds[option.name]))
     parser.add_argument(
         "--resume",
         action="store_true",

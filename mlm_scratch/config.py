@@ -1,10 +1,12 @@
-"""The settings of a training run: one dataclass, every field explained, and the two recipes.
+"""The settings of a training run in sections, every field explained, and the two recipes.
 
-train.py makes its flags from these fields, so each setting is named and described here only.
+train.py makes its flags from these fields, so each setting is named and described here only. Code
+takes the section that it needs, and a TrainConfig only where it needs several.
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
 
 from mlm_scratch.util.errors import UserError
@@ -28,22 +30,70 @@ def _option(default: Any, help: str, **meta: Any) -> Any:
     return field(default=default, metadata={"help": help, **meta})
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(flag: str, value: Any, kind: Any, limits: Any) -> None:
+    # argparse checks the types of flags, but run.json may have been edited.
+    if kind in (float, float | None, float | str):
+        kind = int | kind
+    elif get_origin(kind) is tuple:  # isinstance knows tuple, but not tuple[str, ...]
+        kind = tuple
+    if not isinstance(value, kind):
+        raise UserError(f"{flag} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{flag} must fit into 64 bits, got {value.bit_length()} bits")
+    if isinstance(value, str) and not value.isprintable():
+        raise UserError(f"{flag} is not printable text: {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} must be a number, got {value}")
+    if limits.get("steps") and value >= 1 and value != int(value):
+        raise UserError(f"{flag} must be a whole number, or a share below 1, got {value}")
+    if "choices" in limits and value not in limits["choices"]:
+        raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    if value is None:
+        return
+    for limit, holds, words in (
+        ("at_least", lambda bound: value >= bound, "at least"),
+        ("above", lambda bound: value > bound, "above"),
+        ("at_most", lambda bound: value <= bound, "at most"),
+        ("below", lambda bound: value < bound, "below"),
+    ):
+        if limit in limits and not holds(limits[limit]):
+            raise UserError(f"{flag} must be {words} {limits[limit]}, got {value}")
+
+
+class Section:
+    """A group of settings, each checked by its type and limits."""
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for name, option in self.options():
+            value = getattr(self, option.name)
+            _check(_flag(name), value, kinds[option.name], option.metadata)
+
+    @classmethod
+    def options(cls) -> Iterator[tuple[str, Field]]:
+        """Yield the settings: (name of the flag, with underscores; field)."""
+        for option in fields(cls):  # type: ignore[arg-type]
+            yield option.metadata.get("flat", option.name), option
+
+    def by_flag(self) -> dict[str, Any]:
+        """Return the settings by the names of their flags."""
+        return {name: getattr(self, option.name) for name, option in self.options()}
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """All settings of a run; the defaults are those of the recipe `tutorial`.
+class ModelSettings(Section):
+    """What is trained."""
 
-    Raises:
-        UserError: a value out of range or a contradiction; the message names the flag.
-    """
-
-    recipe: str = "tutorial"
-
-    # ---- The model
-    model: str = _option(
+    name: str = _option(
         "distilbert/distilroberta-base",
         f"model to train: a Hub id, a directory, or {BUNDLED!r}: a small ModernBERT with a "
         "tokenizer trained on the text",
         metavar="ID_OR_DIR",
+        flat="model",
     )
     init: str = _option(
         "pretrained",
@@ -57,29 +107,35 @@ class TrainConfig:
         "pieces that it had before",
         metavar="PATH",
     )
-    # ---- The text
+    revision: str | None = _option(
+        None, "commit, tag or branch of the model on the Hub, and of the data set"
+    )
+    model_commit: str | None = None  # when the run was begun: a resume loads the same
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == BUNDLED and self.init != "scratch":
+            raise UserError("--model bundled has no weights to start from: use --init scratch")
+
+
+@dataclass(frozen=True)
+class TextSettings(Section):
+    """What it is trained on, and in what rows."""
+
     dataset: str | None = _option(
         "dany0407/eli5_category",
         f"data set: a Hub id, or {BUNDLED!r} for the corpus in this package",
     )
     dataset_config: str | None = _option(None, "configuration of the data set, if it has several")
     split: str = _option("train[:5000]", "split of the data set; slices as in train[:5000]")
-    revision: str | None = _option(
-        None, "commit, tag or branch of the model on the Hub, and of the data set"
-    )
     dataset_revision: str | None = _option(
         None, "commit, tag or branch of the data set, if not that of --revision"
     )
-    # What these were when the run was begun: a resume loads the same.
-    model_commit: str | None = None
-    dataset_commit: str | None = None
+    dataset_commit: str | None = None  # likewise
     train_file: tuple[str, ...] = _option(
         (),
         "train on these files instead: .txt (a document per line), .jsonl, .csv or .parquet, "
         "each also as .gz",
-    )
-    eval_file: tuple[str, ...] = _option(
-        (), "evaluate on these files instead of a held-out part of the training text"
     )
     text_column: str | None = _option(
         "answers.text",
@@ -91,17 +147,6 @@ class TrainConfig:
         "read, tokenize and chunk the text while training, without a copy on disk; needs "
         "--max-steps",
     )
-    eval_split: str | None = _option(
-        None,
-        "evaluate on this split of the data set; default for other data sets than the recipe's: "
-        "validation, if there is one and neither --eval-file nor --eval-fraction is named",
-    )
-    eval_fraction: float | None = _option(
-        HELD_OUT,
-        "share of the documents to hold out for evaluation; 0: no evaluation",
-        at_least=0,
-        below=1,
-    )
     block_size: int = _option(128, "tokens per row, the context that the model sees", at_least=2)
     grouping: str = _option(
         "blocks",
@@ -109,12 +154,26 @@ class TrainConfig:
         "document per row, truncated to block_size",
         choices=("blocks", "lines"),
     )
-    no_packing: bool = _option(
-        False,
-        "pad the rows of --grouping lines instead of laying several side by side (slower, same "
-        "loss)",
-    )
-    # ---- The masking
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train_file and self.dataset is None:
+            raise UserError("there is nothing to train on: name a --dataset or a --train-file")
+        if self.dataset_revision and self.is_local:
+            raise UserError("--dataset-revision names one of a --dataset on the Hub")
+        if self.streaming and self.grouping != "blocks":
+            raise UserError("--streaming chunks the stream into blocks: use --grouping blocks")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the text is in files or in this package, not in a data set."""
+        return bool(self.train_file) or self.dataset == BUNDLED
+
+
+@dataclass(frozen=True)
+class MaskingSettings(Section):
+    """Which tokens are hidden, and what is put there."""
+
     mlm_probability: float | str = _option(
         0.15,
         "share of the tokens to mask; BERT used 0.15, ModernBERT 0.3; 0.3:0.15 falls linearly over "
@@ -130,16 +189,37 @@ class TrainConfig:
         at_most=1,
     )
     whole_word: bool = _option(False, "mask whole words instead of single tokens")
-    dense_head: bool = _option(
-        False, "run the LM head on every position, as Trainer does (slower, same loss)"
-    )
-    # ---- The optimization
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            mask_rates(self.mlm_probability)
+        except ValueError as error:
+            raise UserError(str(error).replace("mlm_probability", "--mlm-probability")) from error
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise UserError(
+                f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
+                f"{self.random_replace_prob} add up to more than 1"
+            )
+
+    def of_collator(self) -> dict[str, Any]:
+        """Return the arguments of a Collator, except its seed."""
+        return {
+            "mask_rates": mask_rates(self.mlm_probability),
+            "mask_replace_prob": self.mask_replace_prob,
+            "random_replace_prob": self.random_replace_prob,
+        }
+
+
+@dataclass(frozen=True)
+class OptimizationSettings(Section):
+    """How long it is trained, in what steps, and at what rate."""
+
     epochs: float = _option(2.0, "passes over the training text", above=0, at_most=1e9)
     max_steps: int | None = _option(
         None, "train for this many optimizer steps, whatever --epochs says", at_least=1
     )
     batch_size: int = _option(8, "rows per forward and backward pass", at_least=1)
-    eval_batch_size: int = _option(8, "rows per evaluation batch", at_least=1)
     accumulate: int = _option(
         1, "batches whose gradients are accumulated for one optimizer step", at_least=1
     )
@@ -177,7 +257,32 @@ class TrainConfig:
         at_least=0,
         at_most=2**63 - 2**32,
     )
-    # ---- The evaluation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_steps != OptimizationSettings.decay_steps and self.schedule != "wsd":
+            raise UserError("--decay-steps goes with --schedule wsd only")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Section):
+    """On what text it is evaluated, when, and what follows from that."""
+
+    eval_file: tuple[str, ...] = _option(
+        (), "evaluate on these files instead of a held-out part of the training text"
+    )
+    eval_split: str | None = _option(
+        None,
+        "evaluate on this split of the data set; default for other data sets than the recipe's: "
+        "validation, if there is one and neither --eval-file nor --eval-fraction is named",
+    )
+    eval_fraction: float | None = _option(
+        HELD_OUT,
+        "share of the documents to hold out for evaluation; 0: no evaluation",
+        at_least=0,
+        below=1,
+    )
+    eval_batch_size: int = _option(8, "rows per evaluation batch", at_least=1)
     eval_every: float = _option(
         0,
         "steps between two evaluations; a share of the run if below 1; 0: at the end of every "
@@ -204,7 +309,12 @@ class TrainConfig:
     patience: int = _option(
         0, "stop after this many evaluations without a lower loss; 0: never", at_least=0
     )
-    # ---- The machine
+
+
+@dataclass(frozen=True)
+class MachineSettings(Section):
+    """What computes it: this changes a result by rounding at most."""
+
     device: str = _option(
         "auto", "cpu, cuda, cuda:1 or mps (an Apple GPU); auto: cuda, or mps, or else cpu"
     )
@@ -215,12 +325,25 @@ class TrainConfig:
         "GPU, fp32 multiplies in TF32 (10 bits of mantissa)",
         choices=("auto", "fp32", "fp16", "bf16"),
     )
+    dense_head: bool = _option(
+        False, "run the LM head on every position, as Trainer does (slower, same loss)"
+    )
+    no_packing: bool = _option(
+        False,
+        "pad the rows of --grouping lines instead of laying several side by side (slower, same "
+        "loss)",
+    )
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")
     gradient_checkpointing: bool = _option(
         False,
         "keep less for the backward pass and compute it again there: less memory, slower steps",
     )
-    # ---- The output
+
+
+@dataclass(frozen=True)
+class OutputSettings(Section):
+    """Where a run is written, and how often."""
+
     output_dir: str | None = _option(
         None, "directory of the run; default: runs/<recipe>, runs/<recipe>-2, ... (a new one)"
     )
@@ -231,89 +354,78 @@ class TrainConfig:
     keep: int = _option(2, "checkpoints to keep", at_least=1)
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(TrainConfig)
-        for option in fields(self):
-            _check(option.name, getattr(self, option.name), kinds[option.name], option.metadata)
-        try:
-            mask_rates(self.mlm_probability)
-        except ValueError as error:
-            raise UserError(str(error).replace("mlm_probability", "--mlm-probability")) from error
-        if self.mask_replace_prob + self.random_replace_prob > 1:
-            raise UserError(
-                f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
-                f"{self.random_replace_prob} add up to more than 1"
-            )
+        super().__post_init__()
         if self.output_dir == "":
             raise UserError("--output-dir is empty: name a directory, or leave it out")
-        if self.model == BUNDLED and self.init != "scratch":
-            raise UserError("--model bundled has no weights to start from: use --init scratch")
-        if not self.train_file and self.dataset is None:
-            raise UserError("there is nothing to train on: name a --dataset or a --train-file")
-        if self.decay_steps != TrainConfig.decay_steps and self.schedule != "wsd":
-            raise UserError("--decay-steps goes with --schedule wsd only")
-        if self.dataset_revision and (self.train_file or self.dataset == BUNDLED):
-            raise UserError("--dataset-revision names one of a --dataset on the Hub")
-        if self.eval_split is not None and (self.train_file or self.dataset == BUNDLED):
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run, by section; the defaults are those of the recipe `tutorial`.
+
+    `flat` and `changed` know each setting by the name of its flag, whatever its section.
+
+    Raises:
+        UserError: a value out of range or a contradiction; the message names the flag.
+    """
+
+    recipe: str = "tutorial"
+    model: ModelSettings = ModelSettings()
+    text: TextSettings = TextSettings()
+    masking: MaskingSettings = MaskingSettings()
+    optimization: OptimizationSettings = OptimizationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    machine: MachineSettings = MachineSettings()
+    output: OutputSettings = OutputSettings()
+
+    def __post_init__(self) -> None:
+        text, evaluation = self.text, self.evaluation
+        if evaluation.eval_split is not None and text.is_local:
             raise UserError("--eval-split names a split of a --dataset: use --eval-file")
-        if self.streaming:
-            self._check_streaming()
-
-    def masking(self) -> dict[str, Any]:
-        """Return the arguments of a Collator."""
-        return {
-            "mask_rates": mask_rates(self.mlm_probability),
-            "mask_replace_prob": self.mask_replace_prob,
-            "random_replace_prob": self.random_replace_prob,
-            "seed": self.seed,
-        }
-
-    def _check_streaming(self) -> None:
-        if self.max_steps is None:
+        if text.streaming and self.optimization.max_steps is None:
             raise UserError("--streaming needs --max-steps: a stream has no known length")
-        if self.grouping != "blocks":
-            raise UserError("--streaming chunks the stream into blocks: use --grouping blocks")
-        if self.eval_fraction and not self.eval_file:
+        if text.streaming and evaluation.eval_fraction and not evaluation.eval_file:
             raise UserError("--streaming cannot hold text out: evaluate on an --eval-file")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+SECTIONS: dict[str, type[Section]] = {
+    option.name: type(option.default)
+    for option in fields(TrainConfig)
+    if isinstance(option.default, Section)
+}
 
 
-def _check(name: str, value: Any, kind: Any, limits: Any) -> None:
-    flag = _flag(name)
-    # argparse checks the types of flags, but run.json may have been edited.
-    if kind in (float, float | None, float | str):
-        kind = int | kind
-    elif get_origin(kind) is tuple:  # isinstance knows tuple, but not tuple[str, ...]
-        kind = tuple
-    if not isinstance(value, kind):
-        raise UserError(f"{flag} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{flag} must fit into 64 bits, got {value.bit_length()} bits")
-    if isinstance(value, str) and not value.isprintable():
-        raise UserError(f"{flag} is not printable text: {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{flag} must be a number, got {value}")
-    if limits.get("steps") and value >= 1 and value != int(value):
-        raise UserError(f"{flag} must be a whole number, or a share below 1, got {value}")
-    if "choices" in limits and value not in limits["choices"]:
-        raise UserError(f"{flag} must be one of {', '.join(limits['choices'])}, got {value!r}")
-    if value is None:
-        return
-    for limit, holds, words in (
-        ("at_least", lambda bound: value >= bound, "at least"),
-        ("above", lambda bound: value > bound, "above"),
-        ("at_most", lambda bound: value <= bound, "at most"),
-        ("below", lambda bound: value < bound, "below"),
-    ):
-        if limit in limits and not holds(limits[limit]):
-            raise UserError(f"{flag} must be {words} {limits[limit]}, got {value}")
+def flags() -> Iterator[str]:
+    """Yield the names of all settings that are flags, section by section."""
+    for section in SECTIONS.values():
+        yield from (name for name, option in section.options() if "help" in option.metadata)
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by the names of their flags, whatever their section."""
+    values: dict[str, Any] = {"recipe": config.recipe}
+    for section in SECTIONS:
+        values |= getattr(config, section).by_flag()
+    return values
+
+
+def changed(config: TrainConfig, **values: Any) -> TrainConfig:
+    """Return the settings with some changed, given by the names of their flags.
+
+    Raises:
+        UserError: as TrainConfig does.
+        TypeError: there is no such setting.
+    """
+    sections = {}
+    for section, kind in SECTIONS.items():
+        own = {option.name: values.pop(name) for name, option in kind.options() if name in values}
+        sections[section] = replace(getattr(config, section), **own)
+    return replace(config, **sections, **values)
 
 
 TUTORIAL = TrainConfig()
 
-BUNDLED_RECIPE = replace(
+BUNDLED_RECIPE = changed(
     TUTORIAL,
     recipe="bundled",
     model=BUNDLED,
@@ -360,7 +472,7 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     implied: dict[str, Any] = {}
     if given.get("model", BUNDLED) != BUNDLED:
         implied["init"] = "pretrained"
-    own_dataset = RECIPES[recipe].dataset
+    own_dataset = RECIPES[recipe].text.dataset
     if "train_file" in given or given.get("dataset", own_dataset) != own_dataset:
         column = "answers.text" if given.get("dataset") == BUNDLED else None
         implied |= {"dataset": None, "split": "train", "text_column": column, "watch": ()}
@@ -370,4 +482,4 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
         implied["eval_fraction"] = None
     if given.get("streaming"):
         implied |= {"eval_fraction": 0.0, "grouping": "blocks", "split": "train"}
-    return replace(RECIPES[recipe], **{**implied, **given})
+    return changed(RECIPES[recipe], **{**implied, **given})

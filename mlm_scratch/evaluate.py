@@ -52,18 +52,19 @@ def evaluate(
         return {}
     device = precision.device
     # A new generator with the same seed: the same masks.
-    config = replace(config, mlm_probability=config.eval_mlm_probability)
-    collator = Collator(tokenizer, **config.masking())
+    masking = replace(config.masking, mlm_probability=config.evaluation.eval_mlm_probability)
+    collator = Collator(tokenizer, **masking.of_collator(), seed=config.optimization.seed)
+    batch_size = config.evaluation.eval_batch_size
     sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0
     with in_eval_mode(model):
-        starts = range(0, len(rows), config.eval_batch_size)
+        starts = range(0, len(rows), batch_size)
         bar = progress_bar(starts, desc="evaluating", unit=" batches", leave=False)
         for number, start in enumerate(bar):
             turn = number % ranks.size
             if turn == 0 and stop is not None and stop.agreed_by_all_ranks():
                 return None
-            end = min(start + config.eval_batch_size, len(rows))
+            end = min(start + batch_size, len(rows))
             batch = arrange(collator(rows, np.arange(start, end)))
             n_masked += int((batch.labels != IGNORE).sum())
             if turn != ranks.rank:

@@ -4,12 +4,12 @@ On the CPU, and with the marker `cuda` the same on a GPU.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mlm_scratch.config import changed
 from mlm_scratch.report.log import FileReport
 from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.build import prepare
@@ -67,7 +67,7 @@ def assert_unchanged(before, after):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_an_overflow_leaves_everything_as_it_was_and_halves_the_scale(config, device):
-    t = prepare(replace(config, device=device, precision="fp16"))
+    t = prepare(changed(config, device=device, precision="fp16"))
     steps(with_scale(t, 2.0**4), 2)  # so that there are moments to keep
     before = snapshot(t)
     with_scale(t, 2.0**40)  # far beyond 65,504, the largest fp16 number
@@ -88,11 +88,11 @@ def test_the_norm_is_that_of_the_true_gradients(config, device, precision, toler
     """Clipping comes after unscaling: the norm is that of fp32, whatever the scale."""
     norms = {}
     for scale in (1.0, 2.0**10):
-        t = prepare(replace(config, device=device, precision=precision))
+        t = prepare(changed(config, device=device, precision=precision))
         if precision == "fp16":
             with_scale(t, scale)
         norms[scale] = steps(t, 1)[0]["grad_norm"]
-    full = steps(prepare(replace(config, device=device, precision="fp32")), 1)[0]
+    full = steps(prepare(changed(config, device=device, precision="fp32")), 1)[0]
     assert full["grad_norm"] > 1  # so it is clipped, to 0.5
     for norm in norms.values():
         assert norm == pytest.approx(full["grad_norm"], rel=tolerance)
@@ -101,8 +101,8 @@ def test_the_norm_is_that_of_the_true_gradients(config, device, precision, toler
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_learns_what_fp32_learns(config, device, precision):
-    full = steps(prepare(replace(config, device=device, precision="fp32")), 24)
-    t = prepare(replace(config, device=device, precision=precision))
+    full = steps(prepare(changed(config, device=device, precision="fp32")), 24)
+    t = prepare(changed(config, device=device, precision=precision))
     assert t.scaler.is_enabled() == (precision == "fp16")  # bf16 has the range of fp32
     half = steps(t, 24)
     assert full[-1]["loss"] < full[0]["loss"] - 0.2
@@ -111,7 +111,7 @@ def test_half_precision_learns_what_fp32_learns(config, device, precision):
 
 
 def test_weights_are_fp32_and_matrix_products_half_precision(config):
-    t = prepare(replace(config, device="cpu", precision="bf16"))
+    t = prepare(changed(config, device="cpu", precision="bf16"))
     seen = set()
     query = t.hf_model.roberta.encoder.layer[0].attention.self.query
     query.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
@@ -122,7 +122,7 @@ def test_weights_are_fp32_and_matrix_products_half_precision(config):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_resume_restores_the_scaler(config, device, late_writer):
-    config = replace(config, device=device, precision="fp16", output_dir="run", save_every=6)
+    config = changed(config, device=device, precision="fp16", output_dir="run", save_every=6)
     t = prepare(config)
     with_scale(t, 2.0**40)
     steps(t, 6)
@@ -136,7 +136,7 @@ def test_a_resume_restores_the_scaler(config, device, late_writer):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_step_without_masked_tokens_changes_nothing(config, device, precision):
-    t = prepare(replace(config, device=device, precision=precision))
+    t = prepare(changed(config, device=device, precision=precision))
     steps(t, 3)
     before, scaler = snapshot(t), t.scaler.state_dict()
     collator = t.loader.collator
@@ -150,7 +150,7 @@ def test_a_step_without_masked_tokens_changes_nothing(config, device, precision)
 
 def test_a_lost_loss_is_logged_and_ends_the_run_with_the_last_good_checkpoint(config):
     """A rate of 1e36 makes the weights infinite at the first step whose rate is not 0."""
-    config = replace(config, lr=1e36, warmup_steps=4, save_every=1, keep=2, output_dir="run")
+    config = changed(config, lr=1e36, warmup_steps=4, save_every=1, keep=2, output_dir="run")
     with pytest.raises(UserError, match=r"NaN or infinite in the last 10 steps"):
         train(config)
     lines = read_metrics(Path("run"))
@@ -164,7 +164,7 @@ def test_a_lost_loss_is_logged_and_ends_the_run_with_the_last_good_checkpoint(co
 
 def test_one_non_finite_step_is_counted_and_does_not_end_a_run(config, capsys):
     """In fp16 the scaler skips such a step, so the weights survive."""
-    config = replace(config, precision="fp16", device="cpu", output_dir="run")
+    config = changed(config, precision="fp16", device="cpu", output_dir="run")
     t = prepare(config)
     steps(t, 2)
     weight = t.hf_model.lm_head.bias

@@ -4,15 +4,13 @@ Real classes, random weights, compared with the dense head, which is the model's
 and with the pipeline.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForMaskedLM, FillMaskPipeline
 
-from mlm_scratch.config import TUTORIAL
+from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.checks import ignores_padding, sparse_head_works, unused_parameters
@@ -220,7 +218,7 @@ def test_evaluation_is_the_same_with_either_head(model):
     rows = TokenRows(
         np.concatenate(encoding).astype(np.uint16), np.cumsum([0, *map(len, encoding)])
     )
-    config = replace(TUTORIAL, eval_batch_size=4, mlm_probability=0.4)
+    config = changed(TUTORIAL, eval_batch_size=4, mlm_probability=0.4)
     cpu = Precision(torch.device("cpu"), torch.float32)
     masked_lm, results = MaskedLM(model), []
     for masked_lm.dense_head in (False, True):

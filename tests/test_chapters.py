@@ -110,15 +110,15 @@ def test_a_run_by_the_chapters_alone_is_that_of_train_py(files, dense_head):
     """Every loss, norm and rate, and all final weights, bit for bit, with dropout."""
     settings = {"log_every": 1, "warmup_steps": 5, "weight_decay": 0.1}
     config = small_config(files, **settings, dense_head=dense_head)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     rows = prepare_rows(load_documents(config)[0], tokenizer, config)
 
-    hf_model = AutoModelForMaskedLM.from_pretrained(config.model, dtype=torch.float32).train()
+    hf_model = AutoModelForMaskedLM.from_pretrained(config.model.name, dtype=torch.float32).train()
     model = MaskedLM(hf_model)
     model.dense_head = dense_head
     loader = Loader(rows, Collator(tokenizer), rows_per_step=8, batch_size=8)
     total_steps = 2 * loader.steps_per_epoch
-    optimizer = build_optimizer(hf_model, config.lr, config.weight_decay)
+    optimizer = build_optimizer(hf_model, config.optimization.lr, config.optimization.weight_decay)
     share = partial(share_of_peak, total_steps=total_steps, warmup_steps=5)
     schedule = build_schedule(optimizer, share)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

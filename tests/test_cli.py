@@ -82,7 +82,7 @@ def test_resume_takes_the_settings_of_the_run(files, call):
     code, out, _ = call(train, "--resume", "--max-steps", 8)
     assert code == 0 and "steps 4 to 8" in out
     saved = json.loads(Path("runs/latest/run.json").read_text())["config"]
-    assert saved["seed"] == 5 and saved["max_steps"] == 8
+    assert saved["optimization"]["seed"] == 5 and saved["optimization"]["max_steps"] == 8
     code, out, _ = call(
         train, *small_flags(files), "--resume", "--max-steps", 9
     )  # the same flags again

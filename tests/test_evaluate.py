@@ -1,14 +1,13 @@
 """evaluate(): fixed masks, every masked token counts once, training is left as it was."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mlm_scratch.config import TUTORIAL
+from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.loader import Collator, TokenRows
 from mlm_scratch.model import MaskedLM
@@ -17,7 +16,7 @@ from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
 CPU = Precision(torch.device("cpu"), torch.float32)
-CONFIG = replace(TUTORIAL, eval_batch_size=3, mlm_probability=0.3, eval_mlm_probability=0.3)
+CONFIG = changed(TUTORIAL, eval_batch_size=3, mlm_probability=0.3, eval_mlm_probability=0.3)
 
 
 @pytest.fixture
@@ -36,8 +35,8 @@ def rows():
 
 @pytest.mark.parametrize("dense_head", [False, True])
 def test_the_mean_is_over_tokens_not_batches(model, rows, dense_head):
-    result = evaluate(model, TOKENIZER, rows, replace(CONFIG, dense_head=dense_head), CPU)
-    collator = Collator(TOKENIZER, **CONFIG.masking())
+    result = evaluate(model, TOKENIZER, rows, changed(CONFIG, dense_head=dense_head), CPU)
+    collator = Collator(TOKENIZER, **CONFIG.masking.of_collator())
     losses, hits = [], []
     model.eval()
     for start in range(0, 11, 3):
@@ -55,7 +54,7 @@ def test_the_mean_is_over_tokens_not_batches(model, rows, dense_head):
 
 def test_without_masked_tokens_the_result_is_nan(model, rows):
     """Rather than a loss of 0, which would look perfect."""
-    result = evaluate(model, TOKENIZER, rows, replace(CONFIG, eval_mlm_probability=1e-9), CPU)
+    result = evaluate(model, TOKENIZER, rows, changed(CONFIG, eval_mlm_probability=1e-9), CPU)
     assert len(result) == 3 and all(map(math.isnan, result.values()))
 
 

@@ -1,14 +1,12 @@
 """The answers to the exercises of the reading guide, one per file of the reading path."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from mlm_scratch.config import resolve
+from mlm_scratch.config import changed, resolve
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.loader import Batch, Collator, Loader, TokenRows, epoch_order
@@ -136,7 +134,7 @@ def test_generate_at_which_rates_a_model_trained_at_all_of_them_predicts_better(
                 t.model,
                 t.tokenizer,
                 t.eval_rows,
-                replace(config, eval_mlm_probability=rate),
+                changed(config, eval_mlm_probability=rate),
                 t.precision,
             )["eval_loss"]
             for rate in (0.1, 0.9)

@@ -15,7 +15,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor
 
 import infer
 from mlm_scratch import loop
-from mlm_scratch.config import TUTORIAL
+from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.explain.trace import trace
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.inference.fill import fill_mask
@@ -611,7 +610,7 @@ def predictions(directory: Path, name: str) -> Any:
 
 def predict_by(name: str) -> Callable[[Path, Any], Any]:
     def traced(directory: Path, model: Any) -> Any:
-        config = replace(TUTORIAL, model=str(directory), block_size=64, mlm_probability=0.5)
+        config = changed(TUTORIAL, model=str(directory), block_size=64, mlm_probability=0.5)
         text = ONE_MASK.replace("<mask>", "mammal")
         found = trace(MaskedLM(model), load_tokenizer(directory), text, config)
         assert found.predictions

@@ -76,10 +76,10 @@ def test_the_loop_in_readme_is_that_of_train_py(files, precision, dtype):
 
 
 def assert_trainer_agrees(config, lesson):
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     rows = prepare_rows(load_documents(config)[0], tokenizer, config)
     trainer = Trainer(
-        model=AutoModelForMaskedLM.from_pretrained(config.model, dtype=torch.float32),
+        model=AutoModelForMaskedLM.from_pretrained(config.model.name, dtype=torch.float32),
         args=TrainingArguments(
             "trainer",
             num_train_epochs=2,

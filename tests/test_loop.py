@@ -1,14 +1,13 @@
 """The loop: accumulation, empty steps, no waiting for the GPU, compiled models."""
 
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mlm_scratch import loop
-from mlm_scratch.config import TUTORIAL
+from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.loop import train_step
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
@@ -194,6 +193,6 @@ def test_which_graphs_are_compiled():
     compiled = {"dynamic": False, "mode": "default"}
     assert compile_options(TUTORIAL, gpu, ALONE) == replayed
     assert compile_options(TUTORIAL, cpu, ALONE) == compiled
-    assert compile_options(replace(TUTORIAL, accumulate=2), gpu, ALONE) == compiled
+    assert compile_options(changed(TUTORIAL, accumulate=2), gpu, ALONE) == compiled
     assert compile_options(TUTORIAL, gpu, Ranks(size=2)) == compiled
-    assert compile_options(replace(TUTORIAL, grouping="lines"), gpu, ALONE) == {"dynamic": True}
+    assert compile_options(changed(TUTORIAL, grouping="lines"), gpu, ALONE) == {"dynamic": True}

@@ -13,7 +13,7 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from mlm_scratch.config import TrainConfig, as_steps
+from mlm_scratch.config import OptimizationSettings, as_steps
 from mlm_scratch.hf.small_modernbert import small_modernbert_config
 from mlm_scratch.optim import build_optimizer, build_schedule, parameter_groups
 from mlm_scratch.run.state import rate_schedule
@@ -55,7 +55,7 @@ REFERENCES = {
 def test_the_schedules_equal_transformers(name, warmup, total):
     """Also if they are built in the middle, as on a resume."""
     decay = {"decay_steps": 3} if name == "wsd" else {}
-    share = rate_schedule(TrainConfig(schedule=name, warmup_steps=warmup, **decay), total)
+    share = rate_schedule(OptimizationSettings(schedule=name, warmup_steps=warmup, **decay), total)
     expected = rates(REFERENCES[name](optimizer(), warmup, total), total)
     assert rates(build_schedule(optimizer(), share), total) == expected
     for done in range(1, total):
@@ -70,7 +70,9 @@ def test_steps_may_be_a_share_of_the_run(tmp_path):
         arguments = TrainingArguments(str(tmp_path), warmup_steps=value, use_cpu=True)
         assert as_steps(value, total) == arguments.get_warmup_steps(total)
     in_steps, as_shares = (
-        rate_schedule(TrainConfig(schedule="wsd", warmup_steps=warmup, decay_steps=decay), 50)
+        rate_schedule(
+            OptimizationSettings(schedule="wsd", warmup_steps=warmup, decay_steps=decay), 50
+        )
         for warmup, decay in ((3, 10), (0.06, 0.2))
     )
     assert [in_steps(step) for step in range(50)] == [as_shares(step) for step in range(50)]

@@ -1,6 +1,5 @@
 """The loop against transformers' Trainer, number by number."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from mlm_scratch.config import changed
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.evaluate import evaluate
@@ -33,22 +33,22 @@ def run_ours(files, **settings):
 
 def trainer_for(config, output_dir, rows):
     """Trainer with the same settings, rows as examples and a seeded collator."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     examples = [{"input_ids": rows.tokens[a:b].tolist()} for a, b in pairwise(rows.starts)]
     return Trainer(
-        model=AutoModelForMaskedLM.from_pretrained(config.model, dtype=torch.float32),
+        model=AutoModelForMaskedLM.from_pretrained(config.model.name, dtype=torch.float32),
         args=TrainingArguments(
             output_dir=str(output_dir),
-            seed=config.seed,
-            num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.lr,
-            per_device_eval_batch_size=config.eval_batch_size,
-            gradient_accumulation_steps=config.accumulate,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            logging_steps=config.log_every,
+            seed=config.optimization.seed,
+            num_train_epochs=config.optimization.epochs,
+            per_device_train_batch_size=config.optimization.batch_size,
+            learning_rate=config.optimization.lr,
+            per_device_eval_batch_size=config.evaluation.eval_batch_size,
+            gradient_accumulation_steps=config.optimization.accumulate,
+            warmup_steps=config.optimization.warmup_steps,
+            weight_decay=config.optimization.weight_decay,
+            max_grad_norm=config.optimization.max_grad_norm,
+            logging_steps=config.output.log_every,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -57,13 +57,13 @@ def trainer_for(config, output_dir, rows):
         train_dataset=examples,
         eval_dataset=examples,
         data_collator=DataCollatorForLanguageModeling(
-            tokenizer, seed=config.seed, mlm_probability=config.mlm_probability
+            tokenizer, seed=config.optimization.seed, mlm_probability=config.masking.mlm_probability
         ),
     )
 
 
 def prepared_rows(config):
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     return prepare_rows(load_documents(config)[0], tokenizer, config)
 
 
@@ -123,9 +123,9 @@ def test_evaluation_equals_trainers_if_all_batches_have_equally_many_masked_toke
     trainer = trainer_for(config, tmp_path, rows)
     expected = trainer.evaluate()["eval_loss"]
     cpu = Precision(torch.device("cpu"), torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     for dense_head in (True, False):
-        settings = replace(config, dense_head=dense_head)
+        settings = changed(config, dense_head=dense_head)
         result = evaluate(MaskedLM(trainer.model), tokenizer, rows, settings, cpu)
         assert result["eval_loss"] == pytest.approx(expected, rel=1e-6)
 

@@ -13,7 +13,7 @@ import datasets
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import resolve_revision
 
-from mlm_scratch.config import BUNDLED, HELD_OUT, TrainConfig
+from mlm_scratch.config import BUNDLED, HELD_OUT, TextSettings, TrainConfig
 from mlm_scratch.data import corpus
 from mlm_scratch.data.files import (
     SAMPLE,
@@ -202,21 +202,22 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     Raises:
         UserError: a text cannot be found, read or split.
     """
-    if config.train_file and config.text_column not in (None, "text"):
-        files = config.train_file + config.eval_file
+    column, evaluation = config.text.text_column, config.evaluation
+    if config.text.train_file and column not in (None, "text"):
+        files = config.text.train_file + evaluation.eval_file
         if all(kind_of(path) == "text" for path in files):
-            raise no_column(files[0], config.text_column, ["text"])
+            raise no_column(files[0], column, ["text"])
     documents = _load_training_documents(config)
     rows, source = documents.rows, documents.source
     # Read the start of a stream, so that most problems with it are reported now.
-    if (next(documents.batches(), None) is None) if config.streaming else len(rows) == 0:
+    if (next(documents.batches(), None) is None) if config.text.streaming else len(rows) == 0:
         raise UserError(f"{source} is empty: there is nothing to train on")
 
-    if config.eval_file:
-        return documents, _documents_of(config.eval_file, config.text_column, "train", False)
-    if (evaluation := _evaluation_split(config)) is not None:
-        return documents, evaluation
-    fraction = HELD_OUT if config.eval_fraction is None else config.eval_fraction
+    if evaluation.eval_file:
+        return documents, _documents_of(evaluation.eval_file, column, "train", False)
+    if (split := _evaluation_split(config)) is not None:
+        return documents, split
+    fraction = HELD_OUT if evaluation.eval_fraction is None else evaluation.eval_fraction
     if fraction == 0:
         return documents, None
     if len(rows) < 2:
@@ -225,7 +226,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
             "--eval-file"
         )
     test_size = max(1, int(len(rows) * fraction))
-    parts = rows.train_test_split(test_size=test_size, seed=config.seed)
+    parts = rows.train_test_split(test_size=test_size, seed=config.optimization.seed)
     return (
         replace(documents, rows=parts["train"]),
         replace(
@@ -235,36 +236,38 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
 
 
 def _load_training_documents(config: TrainConfig) -> Documents:
-    if config.train_file:
-        return _documents_of(config.train_file, config.text_column, config.split, config.streaming)
-    if config.dataset == BUNDLED:
-        if config.split != "train":
+    text = config.text
+    if text.train_file:
+        return _documents_of(text.train_file, text.text_column, text.split, text.streaming)
+    if text.dataset == BUNDLED:
+        if text.split != "train":
             raise UserError("--split: the bundled corpus has only the split train")
         rows = datasets.Dataset.from_list(list(corpus.rows()))
-        rows = rows.to_iterable_dataset() if config.streaming else rows
-        return Documents(rows, config.text_column, "the bundled corpus")
-    source = f"data set {config.dataset}"
+        rows = rows.to_iterable_dataset() if text.streaming else rows
+        return Documents(rows, text.text_column, "the bundled corpus")
+    source = f"data set {text.dataset}"
     with errors_of(source):
-        rows, version = _load_dataset(config)
-    return Documents(rows, config.text_column, source, version=version)
+        rows, version = _load_dataset(text, config.model.revision)
+    return Documents(rows, text.text_column, source, version=version)
 
 
 def _evaluation_split(config: TrainConfig) -> Documents | None:
     """Load the split of the data set that is to be evaluated on; None if it has no such split."""
-    if config.dataset in (None, BUNDLED) or config.train_file:
+    if config.text.dataset in (None, BUNDLED) or config.text.train_file:
         return None
-    if config.eval_split is None and config.eval_fraction is not None:
+    if config.evaluation.eval_split is None and config.evaluation.eval_fraction is not None:
         return None
-    split = config.eval_split or VALIDATION
-    source = f"the split {split} of data set {config.dataset}"
+    split = config.evaluation.eval_split or VALIDATION
+    text = replace(config.text, split=split, streaming=False)
+    source = f"the split {split} of data set {text.dataset}"
     with errors_of(source):
         try:
-            rows, version = _load_dataset(replace(config, split=split, streaming=False))
+            rows, version = _load_dataset(text, config.model.revision)
         except ValueError as error:
-            if config.eval_split is None and f'Unknown split "{split}"' in str(error):
+            if config.evaluation.eval_split is None and f'Unknown split "{split}"' in str(error):
                 return None
             raise
-    return Documents(rows, config.text_column, source, version=version)
+    return Documents(rows, config.text.text_column, source, version=version)
 
 
 def _documents_of(
@@ -276,29 +279,30 @@ def _documents_of(
     return Documents(rows, column, source, json_lines=json_lines, version=version)
 
 
-def _load_dataset(config: TrainConfig) -> tuple[Rows, str]:
-    """Load the data set of a Hub id or of a directory; return it and its version."""
-    assert config.dataset is not None
-    directory = Path(config.dataset)
-    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
+def _load_dataset(text: TextSettings, revision: str | None) -> tuple[Rows, str]:
+    """Load the data set of a Hub id or of a directory; return it and its version.
+
+    `revision` is that of the model, for a data set that has none of its own.
+    """
+    assert text.dataset is not None
+    directory = Path(text.dataset)
+    options: dict[str, Any] = {"split": text.split, "streaming": text.streaming}
     if not directory.is_dir():
-        revision = config.dataset_commit or config.dataset_revision or config.revision
-        if config.streaming:  # its rows do not say which commit they are from
+        revision = text.dataset_commit or text.dataset_revision or revision
+        if text.streaming:  # its rows do not say which commit they are from
             revision = resolve_revision(
-                config.dataset, revision=revision, repo_type="dataset"
+                text.dataset, revision=revision, repo_type="dataset"
             ).resolved
         rows = datasets.load_dataset(
-            config.dataset, config.dataset_config, revision=revision, **options
+            text.dataset, text.dataset_config, revision=revision, **options
         )
-        return rows, str(revision) if config.streaming else _commit_of(rows, config.dataset)
+        return rows, str(revision) if text.streaming else _commit_of(rows, text.dataset)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    version = "" if config.streaming else contents_key("directory", files)
+    version = "" if text.streaming else contents_key("directory", files)
     if (directory / "state.json").is_file():  # written by Dataset.save_to_disk
-        return _slice_of(datasets.load_from_disk(config.dataset), config), version
+        return _slice_of(datasets.load_from_disk(text.dataset), text), version
     own_cache = str(cache_of(version))
-    rows = datasets.load_dataset(
-        config.dataset, config.dataset_config, cache_dir=own_cache, **options
-    )
+    rows = datasets.load_dataset(text.dataset, text.dataset_config, cache_dir=own_cache, **options)
     return rows, version
 
 
@@ -317,8 +321,8 @@ def _commit_of(rows: Rows, name: str) -> str:
     return names.pop() if names else ""
 
 
-def _slice_of(rows: datasets.Dataset, config: TrainConfig) -> Rows:
+def _slice_of(rows: datasets.Dataset, text: TextSettings) -> Rows:
     """Return what --split names of a data set that has no splits."""
-    (part,) = datasets.ReadInstruction.from_spec(config.split).to_absolute({"train": len(rows)})
+    (part,) = datasets.ReadInstruction.from_spec(text.split).to_absolute({"train": len(rows)})
     rows = rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
-    return rows.to_iterable_dataset() if config.streaming else rows
+    return rows.to_iterable_dataset() if text.streaming else rows

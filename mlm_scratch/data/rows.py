@@ -104,7 +104,7 @@ def prepare_rows(
     if len(rows) == 0:
         raise UserError(
             f"{documents.source} gives {len(rows.tokens)} tokens, too few for one row of "
-            f"{config.block_size}: use more text, a smaller --block-size or --grouping lines"
+            f"{config.text.block_size}: use more text, a smaller --block-size or --grouping lines"
         )
     if rows.gap_before is not None:
         _warn_of_long_words(rows.gap_before[: rows.starts[:TEXTS_PER_BATCH][-1]])
@@ -127,15 +127,15 @@ def tokenize(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Yield (ids, gap_before) of each document, special tokens included.
 
-    gap_before is empty unless config.whole_word. With grouping "lines" a document is truncated to
+    gap_before is empty without whole words. With grouping "lines" a document is truncated to
     block_size, and one without text is skipped; in blocks it leaves its special tokens, as in the
     tutorial.
     """
-    lines, whole_word = config.grouping == "lines", config.whole_word
+    lines, whole_word = config.text.grouping == "lines", config.masking.whole_word
     if whole_word and not tokenizer.is_fast:
         raise UserError(
-            f"--whole-word: the tokenizer of {config.model} does not report where its tokens are "
-            "in the text"
+            f"--whole-word: the tokenizer of {config.model.name} does not report where its tokens "
+            "are in the text"
         )
     texts = iter(documents)
     if lines:
@@ -144,7 +144,7 @@ def tokenize(
         encoding = tokenizer(
             batch,
             truncation=lines,
-            max_length=config.block_size if lines else None,
+            max_length=config.text.block_size if lines else None,
             return_attention_mask=False,
             return_token_type_ids=False,
             return_offsets_mapping=whole_word,
@@ -193,9 +193,9 @@ def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: Tra
     settings = {
         "version": ROWS_VERSION,
         "text": text_digest,
-        "block_size": config.block_size if config.grouping == "lines" else None,
-        "grouping": config.grouping,
-        "whole_word": config.whole_word,
+        "block_size": config.text.block_size if config.text.grouping == "lines" else None,
+        "grouping": config.text.grouping,
+        "whole_word": config.masking.whole_word,
         "vocabulary": len(tokenizer),
     }
     digest.update(json.dumps(settings).encode())
@@ -272,12 +272,12 @@ def _is_intact(directory: Path) -> bool:
 def _open_rows(directory: Path, config: TrainConfig) -> PreparedRows:
     dtype = json.loads((directory / META).read_text())["dtype"]
     tokens = _open_flat(directory / "tokens.bin", dtype)  # (total,)
-    if config.grouping == "lines":
+    if config.text.grouping == "lines":
         starts = _open_flat(directory / "starts.bin", np.int64)  # (rows + 1,)
     else:
-        rows = len(tokens) // config.block_size  # the rest is shorter than a block: dropped
-        starts = np.arange(rows + 1, dtype=np.int64) * config.block_size  # (rows + 1,)
-    gap_before = _open_flat(directory / "gaps.bin", bool) if config.whole_word else None
+        rows = len(tokens) // config.text.block_size  # the rest is shorter than a block: dropped
+        starts = np.arange(rows + 1, dtype=np.int64) * config.text.block_size  # (rows + 1,)
+    gap_before = _open_flat(directory / "gaps.bin", bool) if config.masking.whole_word else None
     return PreparedRows(tokens, starts, gap_before)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import TextSettings, TrainConfig
 from mlm_scratch.data.documents import Documents
 from mlm_scratch.data.rows import Source, tokenize
 from mlm_scratch.loader import Collator, Loader, TokenRows
@@ -61,19 +61,19 @@ class ShardedStream(Source):
         ranks: Ranks = ALONE,
     ):
         self.documents, self.tokenizer, self.config = documents, tokenizer, config
-        self.ranks, self.rows_per_step = ranks, rows_per_step(config, ranks)
+        self.ranks, self.rows_per_step = ranks, rows_per_step(config.optimization, ranks)
         shards = math.gcd(self.rows_per_step, SHARDS)
         if shards % ranks.size > 0:
             shards = math.lcm(shards, ranks.size)
         if self.rows_per_step % shards > 0:
             shards = ranks.size
         self.positions = [START] * shards  # only those of this rank's shards are kept up to date
-        self.text_digest = _digest(config)
+        self.text_digest = _digest(config.text)
         self.received: Iterator[Any] | None = None  # from the workers, while there are any
 
     def __len__(self) -> int:
         """Count the rows of a run: as in Trainer, a stream is one epoch of max_steps steps."""
-        return (self.config.max_steps or 0) * self.rows_per_step
+        return (self.config.optimization.max_steps or 0) * self.rows_per_step
 
     def loader(self, collator: Collator, **settings: Any) -> Loader:
         """Build a StreamLoader."""
@@ -159,7 +159,7 @@ class StreamLoader(Loader):
         be there, but not their tokens.
         """
         config = self.stream.config
-        n_rows, length = self.rows_per_step, config.block_size
+        n_rows, length = self.rows_per_step, config.text.block_size
         own = own_rows(n_rows, self.stream.ranks)
         starts, indices = np.arange(n_rows + 1) * length, np.arange(n_rows)
         tokens = np.zeros((n_rows, length, 2), np.int32)  # (rows, T, 2)
@@ -167,7 +167,7 @@ class StreamLoader(Loader):
             tokens[own.start : own.stop] = received  # (own rows, T, 2)
             ids, gap_before = tokens.reshape(-1, 2).T  # (rows * T,), (rows * T,)
             yield (
-                TokenRows(ids, starts, gap_before > 0 if config.whole_word else None),
+                TokenRows(ids, starts, gap_before > 0 if config.masking.whole_word else None),
                 indices,
             )
 
@@ -207,7 +207,8 @@ class _Shards(IterableDataset):
 
     def _rows(self, shard: int) -> Iterator[tuple[np.ndarray, Position]]:
         """Yield each row, (T, 2), and the position after it, without end."""
-        at, length = self.positions[shard], self.config.block_size
+        at, length = self.positions[shard], self.config.text.block_size
+        seed = self.config.optimization.seed
         while True:
             documents = self.documents.part(shard, len(self.positions))
             has_text = at["stream"] is not None
@@ -215,7 +216,7 @@ class _Shards(IterableDataset):
                 documents.rows.load_state_dict(at["stream"])
             for texts in documents.batches():
                 has_text = has_text or any(text.strip() for text in texts)
-                shuffle = np.random.default_rng((self.config.seed, shard, at["buffer"]))
+                shuffle = np.random.default_rng((seed, shard, at["buffer"]))
                 tokens = self._tokens([texts[i] for i in shuffle.permutation(len(texts))], at)
                 whole_rows = len(tokens) // length
                 for row in range(at["row"], whole_rows):
@@ -261,8 +262,8 @@ def _live_as_long_as_the_parent(worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _digest(config: TrainConfig) -> str:
+def _digest(text: TextSettings) -> str:
     """Digest what is known of a stream without reading it: its name, the sizes of its files."""
-    names = [config.dataset, config.dataset_config, config.split]
-    sizes = [(os.path.basename(path), os.path.getsize(path)) for path in config.train_file]
+    names = [text.dataset, text.dataset_config, text.split]
+    sizes = [(os.path.basename(path), os.path.getsize(path)) for path in text.train_file]
     return hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()

@@ -7,10 +7,9 @@ python -m mlm_scratch.explain --html galaxy.html "The Milky Way is a spiral gala
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from mlm_scratch.config import TUTORIAL
+from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 
@@ -34,17 +33,18 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = replace(TUTORIAL, model=name, **given)
+    config = changed(TUTORIAL, model=name, **given)
     tokenizer, hf_model = load_tokenizer(name), load_model(name)
     check_fit(tokenizer, hf_model, name)
-    config = replace(config, block_size=longest_input(tokenizer, hf_model))
+    config = changed(config, block_size=longest_input(tokenizer, hf_model))
     model = MaskedLM(hf_model)
     result = trace(model, tokenizer, text, config)
-    while not result.predictions and "seed" not in given and config.seed < TUTORIAL.seed + 20:
-        config = replace(config, seed=config.seed + 1)  # 15 % of a short sentence may be no token
-        result = trace(model, tokenizer, text, config)
-    share = 100 * mask_rates(config.mlm_probability)[0]
-    title = f"seed {config.seed}, {share:.3g} % of the tokens to be masked"
+    seed = config.optimization.seed
+    while not result.predictions and "seed" not in given and seed < TUTORIAL.optimization.seed + 20:
+        seed += 1  # 15 % of a short sentence may be no token
+        result = trace(model, tokenizer, text, changed(config, seed=seed))
+    share = 100 * mask_rates(config.masking.mlm_probability)[0]
+    title = f"seed {seed}, {share:.3g} % of the tokens to be masked"
     if page is None:
         print(title)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

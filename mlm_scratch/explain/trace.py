@@ -5,14 +5,14 @@ logits and the sum of the losses from model.py. The loss and the probability of 
 which training never needs, are computed here from those logits.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import TrainConfig, changed
 from mlm_scratch.data.rows import tokenize
 from mlm_scratch.hf.checks import in_eval_mode, sparse_head_works
 from mlm_scratch.hf.encode import encode
@@ -69,7 +69,8 @@ def trace(
     if not text.strip() or set(ids) <= set(tokenizer.all_special_ids):
         raise UserError("there is no token to mask in the text: give a sentence")
     model.dense_head = not sparse_head_works(model)
-    rows, collator = row_of(text, tokenizer, config), Collator(tokenizer, **config.masking())
+    rows = row_of(text, tokenizer, config)
+    collator = Collator(tokenizer, **config.masking.of_collator(), seed=config.optimization.seed)
     batch = collator(rows, np.arange(1))  # (1, T)
     tokens = follow_tokens(rows.tokens.tolist(), batch, collator)
     with in_eval_mode(model):
@@ -95,13 +96,13 @@ def trace(
 
 
 def row_of(text: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> TokenRows:
-    """Tokenize a text into one row, truncated to config.block_size."""
-    config = replace(config, grouping="lines")
+    """Tokenize a text into one row, truncated to config.text.block_size."""
+    config = changed(config, grouping="lines")
     ((ids, gap_before),) = tokenize([text], tokenizer, config)
     return TokenRows(
         np.array(ids, np.int64),
         starts=np.array([0, len(ids)]),
-        gap_before=np.array(gap_before, bool) if config.whole_word else None,
+        gap_before=np.array(gap_before, bool) if config.masking.whole_word else None,
     )
 
 

@@ -39,7 +39,7 @@ def newest_model() -> Path:
 
 def can_load_tutorial() -> tuple[bool, str]:
     """Whether the recipe `tutorial` can run, and why or why not."""
-    if hub_answers(TUTORIAL.model):
+    if hub_answers(TUTORIAL.model.name):
         return True, "the Hugging Face Hub answers"
     go_offline()
     if everything_is_cached():
@@ -55,7 +55,7 @@ def go_offline_without_hub(*names: str) -> None:
     if all(os.path.exists(name) or name == BUNDLED for name in names):
         return
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # reported later, in one line
-    if not hub_answers(TUTORIAL.model):
+    if not hub_answers(TUTORIAL.model.name):
         go_offline()
 
 
@@ -117,7 +117,7 @@ def everything_is_cached() -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     cached = {
-        name: isinstance(try_to_load_from_cache(TUTORIAL.model, name), str)  # a path if cached
+        name: isinstance(try_to_load_from_cache(TUTORIAL.model.name, name), str)  # a path if cached
         for name in (
             "config.json",
             "model.safetensors",
@@ -132,8 +132,10 @@ def everything_is_cached() -> bool:
         return False
     from datasets import load_dataset
 
+    text = TUTORIAL.text
+
     try:
-        load_dataset(TUTORIAL.dataset, TUTORIAL.dataset_config, split=TUTORIAL.split)
+        load_dataset(text.dataset, text.dataset_config, split=text.split)
     except (OSError, ValueError):
         return False
     return True

@@ -35,26 +35,26 @@ def load_tokenizer_and_model(
     Raises:
         UserError: something cannot be loaded, or cannot do masked-language modelling.
     """
-    torch.manual_seed(config.seed)  # new weights are drawn from here
+    torch.manual_seed(config.optimization.seed)  # new weights are drawn from here
     if checkpoint is not None:
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
-    elif config.model == BUNDLED:
+    elif config.model.name == BUNDLED:
         tokenizer = train_tokenizer(texts)
         model = AutoModelForMaskedLM.from_config(small_modernbert_config(tokenizer))
     else:
-        revision = config.model_commit or config.revision
-        tokenizer = load_tokenizer(config.model, revision)
-        model = load_model(config.model, config.init, revision=revision)
-    check_fit(tokenizer, model, config.model)
-    if config.add_tokens is not None and checkpoint is None:
-        tokenizer = add_words(tokenizer, model, read_words(config.add_tokens))
+        revision = config.model.model_commit or config.model.revision
+        tokenizer = load_tokenizer(config.model.name, revision)
+        model = load_model(config.model.name, config.model.init, revision=revision)
+    check_fit(tokenizer, model, config.model.name)
+    if config.model.add_tokens is not None and checkpoint is None:
+        tokenizer = add_words(tokenizer, model, read_words(config.model.add_tokens))
     if model.config.is_encoder_decoder:  # it would learn to reproduce its input
-        raise UserError(f"{config.model} has a decoder: choose an encoder-only model")
+        raise UserError(f"{config.model.name} has a decoder: choose an encoder-only model")
     limit = longest_input(tokenizer, model)
-    if config.block_size > limit:
+    if (size := config.text.block_size) > limit:
         raise UserError(
-            f"--block-size {config.block_size} is over the limit of {config.model}, which takes "
-            f"{limit} tokens at most"
+            f"--block-size {size} is over the limit of {config.model.name}, which takes {limit} "
+            "tokens at most"
         )
     return tokenizer, model.train()
 

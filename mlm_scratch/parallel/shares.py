@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import OptimizationSettings
 from mlm_scratch.loader import Batch, batch_of
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.parallel.ranks import Ranks
@@ -46,6 +46,6 @@ def own_rows(n: int, ranks: Ranks) -> range:
     return range(min(ranks.rank * share, n), min((ranks.rank + 1) * share, n))
 
 
-def rows_per_step(config: TrainConfig, ranks: Ranks) -> int:
+def rows_per_step(settings: OptimizationSettings, ranks: Ranks) -> int:
     """Return the number of rows of one optimizer step, those of all ranks."""
-    return config.batch_size * config.accumulate * ranks.size
+    return settings.batch_size * settings.accumulate * ranks.size

@@ -3,7 +3,6 @@
 It names no user and no directory: of a local path, only the last part.
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -12,7 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlm_scratch.config import BUNDLED, RECIPES, TrainConfig, resolve
+from mlm_scratch.config import (
+    BUNDLED,
+    RECIPES,
+    SECTIONS,
+    TrainConfig,
+    changed,
+    flags,
+    flat,
+    resolve,
+)
 from mlm_scratch.report.picture import PICTURE
 from mlm_scratch.report.watch import before_and_after
 
@@ -41,10 +49,10 @@ def model_card(
     for path, last_part in names.items():
         if os.sep in path:  # not a "." that is anywhere
             sources = {purpose: text.replace(path, last_part) for purpose, text in sources.items()}
-    name = "a small ModernBERT" if config.model == BUNDLED else config.model
+    name = "a small ModernBERT" if config.model.name == BUNDLED else config.model.name
     parts = [
         _front_matter(config),
-        f"# {name}, trained{'' if config.init == 'scratch' else ' further'} as a masked-LM",
+        f"# {name}, trained{'' if config.model.init == 'scratch' else ' further'} as a masked-LM",
         _text(config, name, sources),
         _outcome(results),
         f"![Losses over the steps]({PICTURE})",
@@ -58,10 +66,10 @@ def model_card(
 
 def _front_matter(config: TrainConfig) -> str:
     lines = ["library_name: transformers", "pipeline_tag: fill-mask", "tags: [masked-lm]"]
-    if config.model_commit:
-        lines.append(f"base_model: {config.model}")
-    if config.dataset_commit:
-        lines.append(f"datasets: [{config.dataset}]")
+    if config.model.model_commit:
+        lines.append(f"base_model: {config.model.name}")
+    if config.text.dataset_commit:
+        lines.append(f"datasets: [{config.text.dataset}]")
     return "\n".join(["---", *lines, "---"])
 
 
@@ -70,8 +78,8 @@ def _text(config: TrainConfig, name: str, sources: dict[str, str]) -> str:
         "pretrained": f"It starts from the weights of {name}",
         "new-head": f"It starts from the encoder of {name} and a random head",
         "scratch": f"It has the shape of {name} and starts from random weights",
-    }[config.init]
-    commit = f" (commit {config.model_commit})" if config.model_commit else ""
+    }[config.model.init]
+    commit = f" (commit {config.model.model_commit})" if config.model.model_commit else ""
     read = "\n".join(f"- {purpose}: {as_markdown(text)}" for purpose, text in sources.items())
     return f"{start}{commit}.\n\n{read}"
 
@@ -106,20 +114,17 @@ def _evaluations(lines: list[dict[str, Any]]) -> str:
 
 def command_line(config: TrainConfig) -> str:
     """Write the command that begins a run with these settings."""
-    recipe = RECIPES[config.recipe]
-    named = {name: getattr(config, name) for name in NAMED}
-    named = {name: value for name, value in named.items() if value != getattr(recipe, name)}
-    if config.train_file:
+    values, of_recipe = flat(config), flat(RECIPES[config.recipe])
+    named = {name: values[name] for name in NAMED if values[name] != of_recipe[name]}
+    if config.text.train_file:
         named.pop("dataset", None)
-    implied = resolve(config.recipe, named)  # what need not be said once those are named
+    implied = flat(resolve(config.recipe, named))  # what need not be said once those are named
     words = ["python", "train.py", "--recipe", config.recipe]
-    for option in dataclasses.fields(TrainConfig):
-        name, value = option.name, getattr(config, option.name)
-        if "help" not in option.metadata or name == "output_dir":
+    for name in flags():
+        value = values[name]
+        if name == "output_dir" or value is None or value is False or value == ():
             continue
-        if value is None or value is False or value == ():  # no flag says so
-            continue
-        if name in named or value != getattr(implied, name):
+        if name in named or value != implied[name]:
             words.append("--" + name.replace("_", "-"))
             words += [] if value is True else value if isinstance(value, tuple) else [value]
     return shlex.join(map(str, words))
@@ -130,40 +135,46 @@ def as_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]#|<>~$&])", r"\\\1", " ".join(text.split()))
 
 
-def settings(config: TrainConfig) -> dict[str, str]:
-    """Return all settings of a run, as they are said on a command line."""
+def settings(config: TrainConfig) -> dict[str, dict[str, str]]:
+    """Return the settings of each section by name, as they are said on a command line."""
+    values = flat(config)
     return {
-        option.name.replace("_", "-"): str(getattr(config, option.name))
-        for option in dataclasses.fields(TrainConfig)
-        if "help" in option.metadata and getattr(config, option.name) not in (None, ())
+        section: {
+            name.replace("_", "-"): _shown(values[name])
+            for name, option in kind.options()
+            if "help" in option.metadata and values[name] not in (None, ())
+        }
+        for section, kind in SECTIONS.items()
     }
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def without_directories(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     """Return the settings with the last parts of local paths only, and those parts by path."""
-    local = [name for name in (config.model, config.dataset) if name and os.path.exists(name)]
-    local += [*config.train_file, *config.eval_file]
-    local += [config.add_tokens] if config.add_tokens else []
+    text, evaluation, model = config.text, config.evaluation, config.model
+    local = [name for name in (model.name, text.dataset) if name and os.path.exists(name)]
+    local += [*text.train_file, *evaluation.eval_file, *filter(None, [model.add_tokens])]
     names = {path: Path(path).resolve().name for path in local}
     # Not taken for the built-in model or corpus.
     names |= {path: f"./{BUNDLED}" for path, name in names.items() if name == BUNDLED}
-    changed: dict[str, Any] = {
-        "train_file": tuple(names[path] for path in config.train_file),
-        "eval_file": tuple(names[path] for path in config.eval_file),
-        "model": names.get(config.model, config.model),
-        "dataset": names.get(config.dataset or "", config.dataset),
-        "add_tokens": names.get(config.add_tokens or "", config.add_tokens),
-    }
-    return dataclasses.replace(config, **changed), names
+    shortened = changed(
+        config,
+        train_file=tuple(names[path] for path in text.train_file),
+        eval_file=tuple(names[path] for path in evaluation.eval_file),
+        model=names.get(model.name, model.name),
+        dataset=names.get(text.dataset or "", text.dataset),
+        add_tokens=names.get(model.add_tokens or "", model.add_tokens),
+    )
+    return shortened, names
 
 
 def _settings(config: TrainConfig, rows_per_step: int, results: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    return (
-        f"{results['step']:,} steps of {rows_per_step} rows of up to {config.block_size} tokens "
-        f"({config.grouping}), masks on {config.mlm_probability} of them: of these, "
-        f"{config.mask_replace_prob} become the mask token and {config.random_replace_prob} "
-        f"another one. AdamW, weight decay {config.weight_decay}, learning rate {config.lr} "
-        f"({config.schedule}, warm-up {config.warmup_steps}), gradient norm clipped at "
-        f"{config.max_grad_norm}. Precision {config.precision}, seed {config.seed}; {packages}."
-    )
+    lines = [f"{results['step']:,} steps of {rows_per_step} rows, by AdamW; {packages}.", ""]
+    for section, values in settings(changed(config, output_dir=None)).items():
+        listed = ", ".join(f"{name} {value}" for name, value in values.items())
+        lines.append(f"- {section}: {as_markdown(listed)}")
+    return "\n".join(lines)

@@ -21,11 +21,11 @@ def first_row_lines(
     Three lines: its tokens, what the model sees, and the labels; none for a stream. The masks come
     from a separate generator, so that the run itself does not change.
     """
-    first = source.first_rows(rows_per_step, config.seed)
-    if first is None:
+    seed = config.optimization.seed
+    if (first := source.first_rows(rows_per_step, seed)) is None:
         return
     rows, order = first
-    batch = Collator(tokenizer, **config.masking())(rows, order)
+    batch = Collator(tokenizer, **config.masking.of_collator(), seed=seed)(rows, order)
     is_masked = (batch.labels[:, :MAX_TOKENS] != IGNORE).any(dim=1)  # (B,)
     number = int(is_masked.int().argmax())  # 0 if there is none
     start, end = rows.starts[order[number]], rows.starts[order[number] + 1]

@@ -22,7 +22,7 @@ STYLE = """
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
        max-width: 52rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem } h3 { font-size: 1rem }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--muted); font-size: 12px }
 .wide svg { min-width: 34rem } td:first-child { min-width: 9rem }
 .grid { stroke: var(--line) } .hit { fill: transparent } .hit:hover { fill: currentColor }
@@ -46,7 +46,7 @@ def report_page(
     results: dict[str, Any],
     summary: str,
     first_row: list[str],
-    facts: dict[str, str],
+    facts: dict[str, dict[str, str]],
     command: str,
 ) -> str:
     """Return the page.
@@ -57,7 +57,7 @@ def report_page(
         results: what Report.results returned.
         summary: time, speed and perplexity, in a line.
         first_row: the lines that show the first row of the run, masked; may be empty.
-        facts: the settings to list, by name.
+        facts: what to list at the end, by section and name.
         command: the command line.
     """
     losses = {
@@ -78,11 +78,13 @@ def report_page(
     if first_row:
         text = html.escape("\n".join(first_row))
         parts.append(f"<h2>What the model sees</h2><pre>{text}</pre>")
-    listed = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
-        for name, value in facts.items()
-    )
-    parts.append(f"<h2>Settings</h2><pre>{html.escape(command)}</pre><dl>{listed}</dl>")
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(command)}</pre>")
+    for section, values in facts.items():
+        listed = "".join(
+            f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
+            for name, value in values.items()
+        )
+        parts.append(f"<h3>{html.escape(section)}</h3><dl>{listed}</dl>")
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import ModelSettings, TrainConfig, changed
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
@@ -46,48 +46,50 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     Raises:
         UserError: something cannot be loaded, or does not fit together.
     """
-    precision = choose_precision(config.device, config.precision)
+    machine, evaluation = config.machine, config.evaluation
+    precision = choose_precision(machine.device, machine.precision)
     with ranks.rank0_first():
         loaded = load(config, checkpoint, ranks)
     tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
-    if loaded.eval_rows is None and (config.best or config.patience):
-        flag = "--best" if config.best else "--patience"
+    if loaded.eval_rows is None and (evaluation.best or evaluation.patience):
+        flag = "--best" if evaluation.best else "--patience"
         raise UserError(f"{flag} goes by the evaluation loss: name an --eval-file or a share")
-    watched = read_watched(config.watch, hf_model, tokenizer)
+    watched = read_watched(evaluation.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
     config = loaded.config
     model = adapt(hf_model, config, ranks)
     why = ""
-    if config.precision == "auto" and precision.device.type == "cpu":
+    if machine.precision == "auto" and precision.device.type == "cpu":
         chosen, reason = ranks.rank0_decides(lambda: precision_on_cpu(model))
-        config, why = replace(config, precision=chosen), f" ({reason})"  # a resume keeps to it
-        precision = choose_precision(config.device, config.precision)
+        config, why = changed(config, precision=chosen), f" ({reason})"  # a resume keeps to it
+        precision = choose_precision(machine.device, chosen)
     print(
-        f"model: {type(hf_model).__name__} ({config.model}{_at(config)}, {config.init}), "
+        f"model: {type(hf_model).__name__} ({_origin(config.model)}), "
         f"{hf_model.num_parameters():,} parameters, on {precision}{why}, "
         f"{what_was_found(model, config, resumed=checkpoint is not None)}"
     )
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
     model.to(precision.device)
-    layout = Layout(config.block_size, packed=model.packs, aligned=on_gpu)
+    layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
     eval_layout = layout
-    if config.compile:
-        layout = replace(layout, mask_rate=max(mask_rates(config.mlm_probability)))
-        eval_layout = replace(layout, mask_rate=config.eval_mlm_probability)
-    collator = Collator(tokenizer, **config.masking())
+    if config.machine.compile:
+        layout = replace(layout, mask_rate=max(mask_rates(config.masking.mlm_probability)))
+        eval_layout = replace(layout, mask_rate=config.evaluation.eval_mlm_probability)
+    collator = Collator(tokenizer, **config.masking.of_collator(), seed=config.optimization.seed)
     loader = source.loader(
         collator,
-        rows_per_step=rows_per_step(config, ranks),
-        batch_size=config.batch_size,
-        seed=config.seed,
+        rows_per_step=rows_per_step(config.optimization, ranks),
+        batch_size=config.optimization.batch_size,
+        seed=config.optimization.seed,
         device=precision.device,
         share=share_among(ranks, complete=source.complete),
         arrange=layout,
     )
-    total_steps = config.max_steps or math.ceil(config.epochs * loader.steps_per_epoch)
-    optimizer = build_optimizer(hf_model, config.lr, config.weight_decay)
+    optimization = config.optimization
+    total_steps = optimization.max_steps or math.ceil(optimization.epochs * loader.steps_per_epoch)
+    optimizer = build_optimizer(hf_model, optimization.lr, optimization.weight_decay)
     t = Training(
         config,
         precision,
@@ -102,19 +104,19 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         eval_layout=eval_layout,
         total_steps=total_steps,
         optimizer=optimizer,
-        scheduler=build_schedule(optimizer, rate_schedule(config, total_steps)),
+        scheduler=build_schedule(optimizer, rate_schedule(optimization, total_steps)),
         scaler=precision.grad_scaler(),
-        losses=LossMeter(precision.device, config.log_every, ranks),
+        losses=LossMeter(precision.device, config.output.log_every, ranks),
         vocabulary=vocabulary,
         saver=Saver(in_background=precision.device.type != "cpu"),
         labels=loaded.labels,
         watched=watched,
     )
-    torch.manual_seed(config.seed + ranks.rank)  # dropout is drawn from here on
+    torch.manual_seed(config.optimization.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
     source.start()  # may fork workers: unsafe once NCCL is there, which begins with DDP
-    if config.compile:
+    if config.machine.compile:
         model.compile(**compile_options(config, precision, ranks))
     t.ddp_model = ranks.wrap(model, precision.device)
     return t
@@ -134,24 +136,25 @@ class Loaded(NamedTuple):
 def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     """Load tokenizer, model, the rows to train on and to evaluate on; print what is read."""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
-    if checkpoint is None and config.model_commit is None:
-        config = replace(config, model_commit=model_commit(config.model, config.revision))
+    if checkpoint is None and config.model.model_commit is None:
+        commit = model_commit(config.model.name, config.model.revision)
+        config = changed(config, model_commit=commit)
     documents, eval_documents = load_documents(config)
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
-    texts = islice(documents, TEXTS_OF_TOKENIZER) if config.streaming else documents
+    texts = islice(documents, TEXTS_OF_TOKENIZER) if config.text.streaming else documents
     tokenizer, hf_model = load_tokenizer_and_model(config, texts, checkpoint)
     source: Source
-    if config.streaming:
+    if config.text.streaming:
         source = ShardedStream(documents, tokenizer, config, ranks)
         text = (
             f"a stream of {documents.label} in {documents.rows.num_shards} files, rows of "
-            f"{config.block_size}"
+            f"{config.text.block_size}"
         )
     else:
         source = rows = prepare_rows(documents, tokenizer, config)
         text = (
             f"{len(documents):,} documents of {documents.label}, {len(rows.tokens):,} tokens in "
-            f"{len(rows):,} rows of up to {config.block_size}"
+            f"{len(rows):,} rows of up to {config.text.block_size}"
         )
     eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
     labels = {"training": documents.label}
@@ -160,14 +163,15 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         where = "held out" if eval_documents.held_out else f"to evaluate on: {eval_documents.label}"
         text += f", {len(eval_rows):,} {where}"
     print(f"text: {text}")
-    config = replace(config, dataset_commit=documents.commit)
-    if config.revision and not (config.model_commit or config.dataset_commit):
+    config = changed(config, dataset_commit=documents.commit)
+    if config.model.revision and not (config.model.model_commit or config.text.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
     return Loaded(tokenizer, hf_model, source, eval_rows, labels, config)
 
 
-def _at(config: TrainConfig) -> str:
-    return f" at {config.model_commit[:12]}" if config.model_commit else ""
+def _origin(model: ModelSettings) -> str:
+    commit = f" at {model.model_commit[:12]}" if model.model_commit else ""
+    return f"{model.name}{commit}, {model.init}"
 
 
 def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastMaskedLM:
@@ -176,16 +180,16 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
     Raises:
         UserError: the model has no gradient checkpointing, and that is asked for.
     """
-    model = FastMaskedLM(hf_model)
-    model.dense_head = config.dense_head or not sparse_head_works(model)
-    if config.grouping == "lines":  # else no row is padded
-        first = None if config.no_packing else first_position_if_packed(model, config.block_size)
+    model, machine, length = FastMaskedLM(hf_model), config.machine, config.text.block_size
+    model.dense_head = machine.dense_head or not sparse_head_works(model)
+    if config.text.grouping == "lines":  # else no row is padded
+        first = None if machine.no_packing else first_position_if_packed(model, length)
         model.packs, model.first_position = first is not None, first or 0
-        model.ready_mask = model.packs or ready_mask_works(model, config.block_size)
+        model.ready_mask = model.packs or ready_mask_works(model, length)
     if ranks.size > 1:  # DDP would wait for their gradients
         for parameter in unused_parameters(model):
             parameter.requires_grad_(False)
-    if config.gradient_checkpointing:
+    if machine.gradient_checkpointing:
         try:
             hf_model.activation_checkpointing_enable()
         except ValueError as error:
@@ -196,16 +200,16 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
 
 def what_was_found(model: FastMaskedLM, config: TrainConfig, resumed: bool) -> str:
     """Say where the head comes from and runs, and how rows shorter than others are laid out."""
-    head = "head on masked positions"
+    head, machine = "head on masked positions", config.machine
     if model.dense_head:
-        head = "head on all positions" + ("" if config.dense_head else " (it needs all of them)")
-    if config.init == "new-head" and not resumed:
+        head = "head on all positions" + ("" if machine.dense_head else " (it needs all of them)")
+    if config.model.init == "new-head" and not resumed:
         embeddings = model.hf_model.get_input_embeddings().weight
         output = model.hf_model.get_output_embeddings()
         is_tied = output is not None and output.weight is embeddings
         head = f"random {head}, {'' if is_tied else 'not '}tied to the embeddings"
-    if config.grouping == "blocks":
+    if config.text.grouping == "blocks":
         return head
     if model.packs:
         return f"{head}, rows packed"
-    return f"{head}, rows padded" + ("" if config.no_packing else " (it mixes packed texts up)")
+    return f"{head}, rows padded" + ("" if machine.no_packing else " (it mixes packed texts up)")

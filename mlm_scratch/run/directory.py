@@ -4,7 +4,6 @@ Does not import torch, so that `train.py --resume` reports wrong settings immedi
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import SECTIONS, TUTORIAL, TrainConfig, changed, flat
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.launch import this_launch
 from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS, newest_run
@@ -47,11 +46,11 @@ MAY_CHANGE_ON_RESUME = {
 PER_RANK = {"batch_size", "accumulate"}
 
 
-def check_output_dir(config: TrainConfig) -> None:
+def check_output_dir(output_dir: str | None) -> None:
     """Raise UserError if --output-dir holds a run already or cannot be a directory."""
-    if config.output_dir is None:
+    if output_dir is None:
         return
-    run_dir = Path(config.output_dir)
+    run_dir = Path(output_dir)
     try:
         run_dir.exists()
     except OSError as error:  # a name that is too long
@@ -76,10 +75,10 @@ def make_run_dir(config: TrainConfig) -> Path:
         UserError: it cannot be made, or another run has taken it meanwhile.
     """
     try:
-        if config.output_dir is not None:
-            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-            check_output_dir(config)
-            return Path(config.output_dir)
+        if (named := config.output.output_dir) is not None:
+            Path(named).mkdir(parents=True, exist_ok=True)
+            check_output_dir(named)
+            return Path(named)
         RUNS.mkdir(exist_ok=True)
         number = 1
         while True:
@@ -126,13 +125,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     run_dir = newest_run().resolve() if output_dir is None else Path(output_dir)
     try:
         noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
-        saved: dict[str, Any] = {
-            option.name: option.default for option in dataclasses.fields(TrainConfig)
-        }
-        saved |= {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in noted["config"].items()
-        }
+        saved = _flat_settings(noted["config"])
         # The same command line again is no change, however the rows are shared now.
         is_new = {name for name, value in changes.items() if value != saved.get(name)}
         is_new |= PER_RANK if is_new & PER_RANK else set()
@@ -147,10 +140,19 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     for name, value in changes.items():
         if name != "output_dir" and saved.get(name) != value:
             print(f"changed: {name} is {value} now, not {saved.get(name)}")
-    try:
-        return TrainConfig(**{**saved, **changes, "output_dir": str(run_dir)})
-    except TypeError as error:  # an unknown setting
-        raise UserError(f"--resume: {run_dir} was begun by another version: {error}") from error
+    return changed(TUTORIAL, **{**saved, **changes, "output_dir": str(run_dir)})
+
+
+def _flat_settings(noted: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of run.json by the names of their flags; new ones have their default."""
+    values = flat(TUTORIAL) | {"recipe": noted["recipe"]}
+    for section in SECTIONS:
+        values |= noted[section]
+    if unknown := values.keys() - flat(TUTORIAL).keys():
+        raise KeyError(f"unknown settings, of another version: {', '.join(sorted(unknown))}")
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
 
 
 def check_same_run(begun: dict[str, Any], now: dict[str, Any]) -> None:
@@ -216,9 +218,11 @@ def write_run_json(
 
     On another number of ranks, that number and the settings per rank stay as they were.
     """
+    config = changed(config, output_dir=str(run_dir))
     packages = ("torch", "transformers", "datasets", "tokenizers", "numpy")
     content: dict[str, Any] = {
-        "config": dataclasses.asdict(config) | {"output_dir": str(run_dir)},
+        "config": {"recipe": config.recipe}
+        | {section: getattr(config, section).by_flag() for section in SECTIONS},
         "sources": sources,
         "versions": {name: version(name) for name in packages}
         | {"python": platform.python_version()},
@@ -230,7 +234,8 @@ def write_run_json(
             begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
             if begun["processes"] != content["processes"]:
                 content["processes"] = begun["processes"]
-                content["config"] |= {name: begun["config"][name] for name in PER_RANK}
+                of_begun = begun["config"]["optimization"]
+                content["config"]["optimization"] |= {name: of_begun[name] for name in PER_RANK}
         unfinished = run_dir / f".{RUN_JSON}"
         unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         os.replace(unfinished, run_dir / RUN_JSON)

@@ -33,7 +33,7 @@ def leave_behind(t: Training, report: Report) -> None:
     if t.steps_done < t.total_steps:
         print(
             f"step {t.steps_done} of {t.total_steps} was the last: no lower evaluation loss in "
-            f"{t.config.patience} evaluations"
+            f"{t.config.evaluation.patience} evaluations"
         )
     if nonfinite := t.losses.nonfinite.item():
         print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
@@ -54,7 +54,7 @@ def leave_behind(t: Training, report: Report) -> None:
         results,
         summary(results),
         [*first_row_lines(t.source, t.loader.rows_per_step, t.tokenizer, t.config)],
-        {**t.labels, **settings(t.config)},
+        {"read": t.labels, **settings(t.config)},
         command_line(t.config),
     )
     _write(t.run_dir / PAGE, page)
@@ -83,7 +83,7 @@ def _write(path: Path, text: str) -> None:
 
 def _save_final_model(t: Training) -> int:
     """Write model/: of the last step, or with --best the best. Returns its step."""
-    best_step = _best_step(t) if t.config.best else None
+    best_step = _best_step(t) if t.config.evaluation.best else None
     if best_step is not None and best_step < t.steps_done:
         checkpoint, loss = t.run_dir / f"checkpoint-{best_step}", t.evaluations[best_step]
         print(f"model/ is that of {checkpoint.name}: the lowest evaluation loss, {loss:.4f}")

@@ -88,12 +88,12 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
     config, resume = ranks.rank0_decides(lambda: _what_to_run(config, resume, ranks))
     with ExitStack() as held:
         if resume:
-            directory = Path(config.output_dir or LATEST)
+            directory = Path(config.output.output_dir or LATEST)
             ranks.rank0_decides(lambda: held.enter_context(claim(directory)))
             checkpoint = ranks.rank0_decides(lambda: _checkpoint_to_resume(directory))
             t = prepare(config, checkpoint, ranks)
         else:
-            ranks.rank0_decides(lambda: check_output_dir(config))
+            ranks.rank0_decides(lambda: check_output_dir(config.output.output_dir))
             t = prepare(config, None, ranks)
             # Only now that text and model are known to be fine:
             directory = ranks.rank0_decides(lambda: _new_directory(config, held))
@@ -112,7 +112,7 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
 def _what_to_run(config: TrainConfig, resume: bool, ranks: Ranks) -> tuple[TrainConfig, bool]:
     """Return the settings given, or after a restart by torchrun those of the same run, resumed."""
     if ranks.restarts:
-        begun = run_of_launch(config.output_dir, ranks.name)
+        begun = run_of_launch(config.output.output_dir, ranks.name)
         if begun is not None:
             return resumed_config(begun, {}), True
     return config, resume
@@ -121,7 +121,7 @@ def _what_to_run(config: TrainConfig, resume: bool, ranks: Ranks) -> tuple[Train
 def _new_directory(config: TrainConfig, held: ExitStack) -> Path:
     directory = make_run_dir(config)
     held.enter_context(claim(directory))
-    check_output_dir(config)  # another run may have come and gone meanwhile
+    check_output_dir(config.output.output_dir)  # another run may have come and gone meanwhile
     return directory
 
 
@@ -194,12 +194,12 @@ def _directory_errors(directory: Path) -> Iterator[None]:
 
 def _smaller_batches(t: Training) -> str:
     """Say how the same steps fit into less memory."""
-    size, ways = t.config.batch_size, []
+    size, ways = t.config.optimization.batch_size, []
     if size > 1:
         smaller = max(part for part in range(1, size) if size % part == 0)
-        accumulate = t.config.accumulate * size // smaller
+        accumulate = t.config.optimization.accumulate * size // smaller
         ways.append(f"--batch-size {smaller} --accumulate {accumulate}")
-    if t.hf_model.supports_gradient_checkpointing and not t.config.gradient_checkpointing:
+    if t.hf_model.supports_gradient_checkpointing and not t.config.machine.gradient_checkpointing:
         ways.append("--gradient-checkpointing")
     if not ways:
         return "begin a new run with a smaller --block-size or model"

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.config import TrainConfig, as_steps
+from mlm_scratch.config import OptimizationSettings, TrainConfig, as_steps, flat
 from mlm_scratch.data.rows import PreparedRows, Source
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
@@ -70,7 +70,7 @@ class Training:
             "scheduler": self.scheduler,
             "scaler": self.scaler,
             "autocast": self.precision.autocast,
-            "max_grad_norm": self.config.max_grad_norm,
+            "max_grad_norm": self.config.optimization.max_grad_norm,
         }
 
     def due(self, every: int, step: int | None = None) -> bool:
@@ -86,9 +86,9 @@ class Training:
         if self.steps_done in self.evaluations or not (self.eval_rows or self.watched):
             return False
         if self.steps_done == 0:
-            return not self.config.no_eval_first
-        every = as_steps(self.config.eval_every, self.total_steps) or self.loader.steps_per_epoch
-        return self.due(every)
+            return not self.config.evaluation.no_eval_first
+        every = as_steps(self.config.evaluation.eval_every, self.total_steps)
+        return self.due(every or self.loader.steps_per_epoch)
 
     def evaluate_and_save(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate if due, and save if due. Returns whether the run is to end here.
@@ -99,7 +99,7 @@ class Training:
         self.saver.raise_if_failed()
         is_best = self.evaluation_is_due() and self._evaluate(report, stop)
         stopped, exhausted = stop.agreed_by_all_ranks(), self.out_of_patience()
-        if stopped or exhausted or is_best or self.due(self.config.save_every):
+        if stopped or exhausted or is_best or self.due(self.config.output.save_every):
             report.sync()
             self.save()
             # A signal during the save may stop us here: the checkpoint is written, or will be
@@ -125,7 +125,7 @@ class Training:
         fills = fill_watched(self.hf_model, self.tokenizer, self.watched, self.ranks)
         report.evaluation(self.steps_done, metrics, fills)
         self.evaluations[self.steps_done] = metrics.get("eval_loss", math.nan)
-        return self.config.best and self.best_step(self.steps_done) == self.steps_done
+        return self.config.evaluation.best and self.best_step(self.steps_done) == self.steps_done
 
     def best_step(self, last: int) -> int | None:
         """Return the step with the lowest evaluation loss up to `last`, if any is finite."""
@@ -135,7 +135,7 @@ class Training:
         """Whether the last `patience` evaluations have not lowered the loss."""
         best = self.best_step(self.steps_done)
         later = [step for step in self.evaluations if step > (-1 if best is None else best)]
-        return 0 < self.config.patience <= len(later)
+        return 0 < self.config.evaluation.patience <= len(later)
 
     def save(self) -> None:
         """Write a checkpoint, unless weights are NaN or infinite: it would displace a good one."""
@@ -160,17 +160,17 @@ class Training:
         self.saver.write(write)
 
     def remove_old_checkpoints(self, step: int) -> None:
-        """Keep config.keep of them up to that of `step`, which must exist and be valid.
+        """Keep config.output.keep of them up to that of `step`, which must exist and be valid.
 
         With --best also what was the best at each of them, in case it has to be resumed from.
         """
-        scheduled = partial(self.due, self.config.save_every)
-        best = self.best_step if self.config.best else lambda step: None
-        remove_old(self.run_dir, step, self.config.keep, scheduled, best)
+        scheduled = partial(self.due, self.config.output.save_every)
+        best = self.best_step if self.config.evaluation.best else lambda step: None
+        remove_old(self.run_dir, step, self.config.output.keep, scheduled, best)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next step depends on besides the weights."""
-        fixed = asdict(self.config).items()
+        fixed = flat(self.config).items()
         return {
             "config": {
                 name: value for name, value in fixed if name not in MAY_CHANGE_ON_RESUME | PER_RANK
@@ -208,13 +208,13 @@ class Training:
         self.losses.load_state_dict(state)
         self.vocabulary.load_optimizer_state(self.optimizer, state["optimizer"])
         # Rebuilt rather than loaded: if the run is longer now, its rates are other ones.
-        share = rate_schedule(self.config, self.total_steps)
+        share = rate_schedule(self.config.optimization, self.total_steps)
         self.scheduler = build_schedule(self.optimizer, share, state["scheduled_steps"])
         if state["scaler"]:  # empty unless the run was in fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
         if len(state["rng"]) != self.ranks.size:  # other ranks: new dropout, drawn nowhere else
-            torch.manual_seed(self.config.seed + self.steps_done + self.ranks.rank)
+            torch.manual_seed(self.config.optimization.seed + self.steps_done + self.ranks.rank)
             return
         torch.set_rng_state(state["rng"][self.ranks.rank])
         device_rng = state.get(f"{self.precision.device.type}_rng")  # None: begun on another kind
@@ -226,7 +226,7 @@ def check_resume(t: Training, state: dict[str, Any]) -> None:
     """Raise UserError unless `state` is from an earlier step of the same run."""
     if "evaluations" not in state:
         raise UserError("--resume: the checkpoint was written by another version")
-    check_same_run(state["config"], asdict(t.config))
+    check_same_run(state["config"], flat(t.config))
     if (rows := t.loader.rows_per_step) != state["rows_per_step"]:
         raise UserError(
             f"--resume: this run was begun with {state['rows_per_step']} rows per step (batch "
@@ -242,12 +242,12 @@ def check_resume(t: Training, state: dict[str, Any]) -> None:
         )
 
 
-def rate_schedule(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+def rate_schedule(settings: OptimizationSettings, total_steps: int) -> Callable[[int], float]:
     """Return the schedule of a run: the number of a step -> its share of the peak rate."""
     return partial(
         share_of_peak,
         total_steps=total_steps,
-        schedule=config.schedule,
-        warmup_steps=as_steps(config.warmup_steps, total_steps),
-        decay_steps=as_steps(config.decay_steps, total_steps),
+        schedule=settings.schedule,
+        warmup_steps=as_steps(settings.warmup_steps, total_steps),
+        decay_steps=as_steps(settings.decay_steps, total_steps),
     )

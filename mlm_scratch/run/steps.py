@@ -21,7 +21,7 @@ def run_steps(t: Training, report: Report, stop: StopRequest) -> None:
         report.advance(done.step)
 
         # ---- Once in a while
-        if t.steps_done % t.config.log_every == 0:
+        if t.steps_done % t.config.output.log_every == 0:
             mean_loss, grad_norm = t.losses.take_mean(), done.grad_norm.item()
             report.log(t.steps_done, mean_loss, done.learning_rate, grad_norm)
         t.losses.stop_if_diverged(t.steps_done)

@@ -18,7 +18,8 @@ def compile_options(config: TrainConfig, precision: Precision, ranks: Ranks) -> 
     graph of its own, without symbolic sizes. A GPU can then even replay a recorded step (CUDA
     graphs), but not while gradients are accumulated, nor under DDP (pytorch/pytorch#113809).
     """
-    if config.grouping != "blocks":
+    if config.text.grouping != "blocks":
         return {"dynamic": True}
-    can_replay = precision.device.type == "cuda" and config.accumulate == 1 and ranks.size == 1
+    one_batch = config.optimization.accumulate == 1 and ranks.size == 1
+    can_replay = one_batch and precision.device.type == "cuda"
     return {"dynamic": False, "mode": "reduce-overhead" if can_replay else "default"}

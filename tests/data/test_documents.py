@@ -4,14 +4,13 @@ import csv
 import gzip
 import json
 import shutil
-from dataclasses import replace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlm_scratch.config import resolve
+from mlm_scratch.config import changed, resolve
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.util.errors import UserError
 from tests.support.tiny import SENTENCES, text_config, write_text
@@ -106,7 +105,7 @@ def test_other_columns_may_have_other_types_in_other_files(tmp_path, streaming):
     for number, rows in enumerate(files):
         (tmp_path / f"{number}.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     paths = tuple(str(tmp_path / f"{number}.jsonl") for number in range(2))
-    settings = replace(text_config(paths[0], streaming=streaming, max_steps=9), train_file=paths)
+    settings = changed(text_config(paths[0], streaming=streaming, max_steps=9), train_file=paths)
     documents, _ = load_documents(settings)
     assert list(documents) == ["a", "", "b", "", "c"]
 

@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlm_scratch.config import resolve
+from mlm_scratch.config import changed, resolve
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.util.errors import UserError
 from tests.support.tiny import text_config
@@ -97,7 +96,7 @@ def test_lines_of_json_may_lack_the_column_wherever_they_are(tmp_path, streaming
     settings = text_config(path, text_column="text", streaming=streaming, max_steps=1)
     assert list(load_documents(settings)[0]) == [""] * 1501 + ["found"]
     with pytest.raises(UserError, match="has no column 'body'; it has other, text"):
-        load_documents(replace(settings, text_column="body"))
+        load_documents(changed(settings, text_column="body"))
 
 
 def test_what_is_no_text_is_reported_with_its_row(tmp_path):

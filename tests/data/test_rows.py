@@ -1,14 +1,13 @@
 """Documents to rows of ids, and their cache."""
 
 import multiprocessing
-from dataclasses import replace
 from itertools import chain, pairwise
 
 import numpy as np
 import pytest
 from tokenizers import processors
 
-from mlm_scratch.config import resolve
+from mlm_scratch.config import changed, resolve
 from mlm_scratch.data import rows as rows_module
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import prepare_rows
@@ -59,9 +58,9 @@ def test_rows_are_memory_mapped_and_cached(tmp_path, monkeypatch):
     again = prepare_rows(documents, TOKENIZER, settings)
     assert np.array_equal(again.tokens, rows.tokens)
     # Another block size chunks the same stream; other settings need another file.
-    assert len(prepare_rows(documents, TOKENIZER, replace(settings, block_size=16))) < len(rows)
+    assert len(prepare_rows(documents, TOKENIZER, changed(settings, block_size=16))) < len(rows)
     with pytest.raises(AssertionError, match="tokenized twice"):
-        prepare_rows(documents, TOKENIZER, replace(settings, whole_word=False))
+        prepare_rows(documents, TOKENIZER, changed(settings, whole_word=False))
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])

@@ -5,12 +5,12 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mlm_scratch.config import changed
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.stream import ShardedStream, StreamLoader
 from mlm_scratch.hf.load import load_tokenizer
@@ -61,10 +61,10 @@ def config(files, **settings):
 @pytest.mark.parametrize("names", [["a.txt"], [f"part-{part}.txt" for part in range(16)]])
 def test_a_pass_has_every_document_of_a_shard_once_and_shuffled(files, small_buffers, names):
     settings = config(files, train_file=tuple(str(files / name) for name in names))
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model.name)
     stream = ShardedStream(load_documents(settings)[0], tokenizer, settings)
-    size = settings.batch_size
-    collator = Collator(tokenizer, **settings.masking())
+    size = settings.optimization.batch_size
+    collator = Collator(tokenizer, **settings.masking.of_collator())
     loader = StreamLoader(stream, collator, rows_per_step=size, batch_size=size)
     shards = [[] for _ in range(16)]
     for step in loader.steps(0, 70):
@@ -90,7 +90,7 @@ def test_a_pass_has_every_document_of_a_shard_once_and_shuffled(files, small_buf
 def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, names, settings):
     paths = tuple(str(files / name) for name in names)
     settings = config(files, train_file=paths, output_dir="stopped", **settings)
-    whole = train(replace(settings, output_dir="whole"))
+    whole = train(changed(settings, output_dir="whole"))
     run = train(settings)
     for step in (50, 20):
         forget_after(step, run)

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from mlm_scratch.config import TUTORIAL
+from mlm_scratch.config import SECTIONS, TUTORIAL, flat
 from mlm_scratch.hf.hub import hub_answers
 from mlm_scratch.report.metrics import read_metrics
 from tests.support.hub_server import StandInHub
@@ -59,7 +59,8 @@ def hub(tmp_path_factory):
     table = pyarrow.Table.from_pylist(questions(60))
     pyarrow.parquet.write_table(table, root / "data/data/train-00000-of-00001.parquet")
     return StandInHub(
-        models={TUTORIAL.model: root / "model"}, datasets={TUTORIAL.dataset: root / "data"}
+        models={TUTORIAL.model.name: root / "model"},
+        datasets={TUTORIAL.text.dataset: root / "data"},
     )
 
 
@@ -91,10 +92,11 @@ def test_the_tutorial_runs_completely_against_the_hub(hub, home):
     assert token not in run.stdout + run.stderr
     assert "Traceback" not in run.stderr and "Retrying" not in run.stderr
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
-    changed = {"output_dir": "runs/tutorial", "precision": "fp32"}  # found: the model is tiny
-    changed["model_commit"] = hub.repository("models", TUTORIAL.model).sha
-    changed["dataset_commit"] = hub.repository("datasets", TUTORIAL.dataset).sha
-    assert config == json.loads(json.dumps(vars(TUTORIAL))) | changed
+    noted = {name: value for section in SECTIONS for name, value in config[section].items()}
+    found = {"output_dir": "runs/tutorial", "precision": "fp32"}  # the model is tiny
+    found["model_commit"] = hub.repository("models", TUTORIAL.model.name).sha
+    found["dataset_commit"] = hub.repository("datasets", TUTORIAL.text.dataset).sha
+    assert noted | {"recipe": config["recipe"]} == json.loads(json.dumps(flat(TUTORIAL))) | found
     commit = r"48 documents of data set dany0407/eli5_category \(version [0-9a-f]{12}\), "
     assert re.search(commit, run.stdout)
     lines = read_metrics(Path("runs/tutorial"))
@@ -127,7 +129,7 @@ def test_a_revision_is_pinned_and_a_resume_loads_what_the_run_was_begun_with(tmp
 
     def commits_of(run):
         config = json.loads(Path(run, "run.json").read_text())["config"]
-        return [config["model_commit"], config["dataset_commit"]]
+        return [config["model"]["model_commit"], config["text"]["dataset_commit"]]
 
     with hub:
         environment = hub.environment(tmp_path / "home")
@@ -186,7 +188,7 @@ def test_a_hub_that_accepts_and_never_answers_is_given_up_in_time(monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
         start = time.monotonic()
-        assert not hub_answers(TUTORIAL.model)
+        assert not hub_answers(TUTORIAL.model.name)
         assert 2 < time.monotonic() - start < 60  # 3 s, on a machine with nothing else to do
 
 
@@ -213,7 +215,7 @@ def test_a_model_that_the_hub_does_not_have_is_an_error(hub, home):
 def test_the_real_hub():
     """The real tutorial, shortened: the ids are those that it prints, and a fill is spiral."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    probe = "from mlm_scratch.hf.hub import *; print(hub_answers(TUTORIAL.model, 10))"
+    probe = "from mlm_scratch.hf.hub import *; print(hub_answers(TUTORIAL.model.name, 10))"
     answer = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, env=environment, cwd=ROOT
     )

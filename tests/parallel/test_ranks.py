@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from mlm_scratch.config import changed
 from mlm_scratch.parallel import ranks
 from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.directory import resumed_config
@@ -100,9 +100,9 @@ def test_a_resume_on_other_processes_may_split_the_rows_as_it_likes(files, monke
     train(config(files, output_dir="run", batch_size=4, accumulate=2, max_steps=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     resumed = resumed_config("run", {"batch_size": 2, "accumulate": 2})
-    assert (resumed.batch_size, resumed.accumulate) == (2, 2)
+    assert (resumed.optimization.batch_size, resumed.optimization.accumulate) == (2, 2)
     again = resumed_config("run", {"batch_size": 4, "accumulate": 2})  # the same command line
-    assert again.batch_size * again.accumulate == 4
+    assert again.optimization.batch_size * again.optimization.accumulate == 4
     with pytest.raises(UserError, match="keep their product"):
         resumed_config("run", {"batch_size": 3})
 
@@ -137,7 +137,7 @@ def many_steps(files, **settings):
 @pytest.fixture(scope="module")
 def undisturbed(files, tmp_path_factory):
     """The same steps by one process."""
-    return train(replace(many_steps(files), output_dir=str(tmp_path_factory.mktemp("whole"))))
+    return train(changed(many_steps(files), output_dir=str(tmp_path_factory.mktemp("whole"))))
 
 
 def pid_of(rank: int, launched: subprocess.Popen | list[Fork]) -> int:

@@ -6,13 +6,13 @@ import pickle
 import resource
 import shutil
 from collections import namedtuple
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from mlm_scratch.config import changed
 from mlm_scratch.run import build
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
@@ -70,7 +70,7 @@ def test_rotation_never_removes_the_only_valid_checkpoint(files):
     (newest,) = checkpoints(Path("run"))
     (newest / "model.safetensors").write_bytes(b"damaged")
     shutil.rmtree("run/model")
-    train(replace(settings, max_steps=10), resume=True)  # from the beginning: nothing is valid
+    train(changed(settings, max_steps=10), resume=True)  # from the beginning: nothing is valid
     valid = [path.name for path in checkpoints(Path("run")) if find_fault(path) is None]
     assert valid == ["checkpoint-10"]
 
@@ -118,7 +118,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_once_there_is_s
     size = max(path.stat().st_size for path in Path("run/checkpoint-5").iterdir())
     for limit in (size // 2, 2000):  # the large files, and nearly all of them
         code, _, err = Fork(
-            replace(settings, max_steps=10),
+            changed(settings, max_steps=10),
             "--resume",
             before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
         ).finish()
@@ -128,7 +128,7 @@ def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_once_there_is_s
         assert "python train.py --resume --output-dir run" in err
         assert find_fault(Path("run/checkpoint-5")) is None
         assert not list(Path("run").glob(".unfinished*"))
-    train(replace(settings, max_steps=10), resume=True)
+    train(changed(settings, max_steps=10), resume=True)
     assert checkpoints(Path("run"))[0].name == "checkpoint-10"
 
 
@@ -146,7 +146,7 @@ def test_a_finished_run_without_a_valid_checkpoint_is_left_alone(files):
     for path in checkpoints(Path("run")):
         (path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="no valid checkpoint to go on from"):
-        train(replace(settings, max_steps=20), resume=True)
+        train(changed(settings, max_steps=20), resume=True)
     assert Path("run/model/model.safetensors").is_file()
 
 
@@ -156,7 +156,7 @@ def test_what_only_looks_like_a_checkpoint_is_ignored(files):
     Path("run/checkpoint-7").write_text("a file")
     Path("run/checkpoint-8").symlink_to(Path("run/checkpoint-15").resolve())
     Path("run/checkpoint-²").mkdir()
-    train(replace(settings, max_steps=20), resume=True)
+    train(changed(settings, max_steps=20), resume=True)
     assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-20"]
 
 

@@ -1,10 +1,10 @@
 """Run directories: names, and two runs that want the same one."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import train as command
+from mlm_scratch.config import changed
 from mlm_scratch.run.directory import claim, make_run_dir
 from mlm_scratch.run.session import train
 from tests.support.processes import Fork
@@ -28,7 +28,7 @@ def test_a_second_run_in_the_same_directory_is_refused(files, call):
         assert "Traceback" not in err
     after = {path: path.stat().st_mtime_ns for path in Path("run").rglob("[!.]*")}
     assert after == before
-    train(replace(settings, max_steps=5), resume=True)  # free again
+    train(changed(settings, max_steps=5), resume=True)  # free again
 
 
 def test_of_two_runs_that_start_in_one_directory_one_trains(files):

@@ -131,7 +131,7 @@ def test_the_card_of_models_and_data_of_the_hub():
     ]
     results = {"step": 500, "before": lines[0], "after": lines[-1]}
     card = ModelCard(model_card(config, {"training": "text"}, 8, results, lines))
-    assert card.data.base_model == config.model and card.data.datasets == [config.dataset]
+    assert card.data.base_model == config.model.name and card.data.datasets == [config.text.dataset]
     rows = [line for line in card.content.splitlines() if line.startswith("| ")]
     assert len(rows) <= MAX_ROWS + 2 and rows[1].startswith("| 0 |")
     assert rows[-1].startswith("| 500 |") and f"(commit {'1' * 40})" in card.content

@@ -53,7 +53,8 @@ def test_a_step_that_does_not_fit_goes_on_in_halves(files_without_dropout, monke
     assert code == 0 and "steps 4 to 9" in out, err
     assert set(batches[7:]) <= {4, 1, 3, 2}
     noted = json.loads(Path("run/run.json").read_text())
-    assert noted["config"]["batch_size"] == 4 and noted["config"]["accumulate"] == 2
+    settings = noted["config"]["optimization"]
+    assert settings["batch_size"] == 4 and settings["accumulate"] == 2
     for one, other in zip(whole, read_metrics(Path("run")), strict=True):
         assert other == pytest.approx(one, rel=1e-4)
     code, _, err = call(command, "--resume", "--output-dir", "run", "--batch-size", 2)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from transformers import (
     BartForConditionalGeneration,
 )
 
+from mlm_scratch.config import changed
 from mlm_scratch.hf.hub import newest_model
 from mlm_scratch.precision import Precision
 from mlm_scratch.report.metrics import read_metrics
@@ -71,7 +71,10 @@ def test_a_run_learns_and_leaves_everything_behind(files, capsys):
     notes = json.loads((run_dir / "run.json").read_text())
     versions = {source.split(" (version ")[1] for source in notes["sources"].values()}
     assert notes["sources"].keys() == {"training", "evaluation"} and len(versions) == 1
-    assert notes["config"]["epochs"] == 10 and notes["versions"]["torch"] == torch.__version__
+    assert (
+        notes["config"]["optimization"]["epochs"] == 10
+        and notes["versions"]["torch"] == torch.__version__
+    )
     out = capsys.readouterr().out
     assert "RobertaForMaskedLM" in out
     first, last = evaluations[0]["perplexity"], evaluations[-1]["perplexity"]
@@ -91,7 +94,9 @@ def test_a_resume_keeps_the_precision_that_was_chosen(files, monkeypatch, capsys
     assert "on CPU, bf16, head" in capsys.readouterr().out
     train(resumed_config(run_dir, {"max_steps": 9, "precision": "auto"}), resume=True)
     assert "on CPU, fp32 (it does not), head" in capsys.readouterr().out
-    assert json.loads((run_dir / "run.json").read_text())["config"]["precision"] == "fp32"
+    assert (
+        json.loads((run_dir / "run.json").read_text())["config"]["machine"]["precision"] == "fp32"
+    )
 
 
 def test_equal_runs_have_equal_files_and_never_share_a_directory(files):
@@ -146,7 +151,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(files, precision):
     for directory in [Path("stopped/model"), *checkpoints(Path("stopped"))[:-1]]:
         shutil.rmtree(directory)
     assert [path.name for path in checkpoints(Path("stopped"))] == ["checkpoint-4"]
-    resumed = train(replace(settings, output_dir="stopped"), resume=True)
+    resumed = train(changed(settings, output_dir="stopped"), resume=True)
     assert_same_run(whole, resumed)
 
 
@@ -162,14 +167,14 @@ def test_a_resumed_run_may_change_its_length_log_interval_and_precision(files):
     steps since the last log, however many they are."""
     settings = small_config(files, output_dir="run", max_steps=4, log_every=10)
     train(settings)
-    longer = replace(settings, max_steps=8, log_every=5, precision="fp16")
+    longer = changed(settings, max_steps=8, log_every=5, precision="fp16")
     train(longer, resume=True)
     (line,) = read_metrics(Path("run"))
     assert line["step"] == 5 and line["learning_rate"] == pytest.approx(1e-3 * (8 - 4) / 8)
     assert 5 < line["loss"] < 6.5
     assert checkpoints(Path("run"))[0].name == "checkpoint-8"
     with pytest.raises(UserError, match="has 8 steps already, more than the 6 asked for"):
-        train(replace(settings, max_steps=6), resume=True)
+        train(changed(settings, max_steps=6), resume=True)
 
 
 def test_a_resumed_run_has_no_final_model_until_its_end(files, monkeypatch):
@@ -182,7 +187,7 @@ def test_a_resumed_run_has_no_final_model_until_its_end(files, monkeypatch):
 
     monkeypatch.setattr("mlm_scratch.run.session.run_steps", stop)
     with pytest.raises(SystemExit):
-        train(replace(settings, max_steps=8), resume=True)
+        train(changed(settings, max_steps=8), resume=True)
     assert not Path("run/model").exists()
     assert newest_model().name == "checkpoint-4"
 
@@ -193,7 +198,7 @@ def test_a_run_does_not_resume_on_another_text(files, tmp_path, which):
     texts = {"training": tmp_path / "a.txt", "evaluation": tmp_path / "b.txt"}
     for text in texts.values():
         shutil.copy(files / "a.txt", text)
-    settings = replace(
+    settings = changed(
         small_config(files, output_dir="run", train_file=(str(texts["training"]),), max_steps=4),
         eval_file=(str(texts["evaluation"]),),
     )
@@ -202,7 +207,7 @@ def test_a_run_does_not_resume_on_another_text(files, tmp_path, which):
     texts[which].write_text(texts[which].read_text().replace("0:", "9:"))
     os.utime(texts[which], ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=f"the {which} text has changed"):
-        train(replace(settings, max_steps=5), resume=True)
+        train(changed(settings, max_steps=5), resume=True)
 
 
 @pytest.mark.parametrize("name, value", [("mlm_probability", 0.3), ("lr", 1.0), ("seed", 5)])
@@ -210,7 +215,7 @@ def test_an_edited_run_json_does_not_change_the_run(files, name, value):
     settings = small_config(files, output_dir="run", max_steps=4)
     train(settings)
     with pytest.raises(UserError, match=f"begun with {name}"):
-        train(replace(settings, **{name: value, "max_steps": 5}), resume=True)
+        train(changed(settings, **{name: value, "max_steps": 5}), resume=True)
 
 
 # ---- What cannot work ----------------------------------------------------------------------------
@@ -252,21 +257,21 @@ def test_a_resume_restores_the_random_state_of_the_device(files, monkeypatch):
     monkeypatch.setattr(Precision, "set_rng_state", lambda self, state: restored.append(state))
     settings = small_config(files, output_dir="run", max_steps=4, save_every=2)
     train(settings)
-    train(replace(settings, max_steps=6), resume=True)
+    train(changed(settings, max_steps=6), resume=True)
     assert [state.tolist() for state in restored] == [[7]]
 
 
 def test_a_resume_may_find_that_the_model_can_do_something_else(files, monkeypatch, capsys):
     """What is found out by trying is no setting: another machine or version may find otherwise."""
     settings = small_config(files, max_steps=10, save_every=5, log_every=1, lr=1e-6)
-    whole = train(replace(settings, output_dir="whole"))
-    run_dir = train(replace(settings, output_dir="run", max_steps=5))
+    whole = train(changed(settings, output_dir="whole"))
+    run_dir = train(changed(settings, output_dir="run", max_steps=5))
     monkeypatch.setattr(build, "sparse_head_works", lambda model: False)
-    train(replace(settings, output_dir="run"), resume=True)
+    train(changed(settings, output_dir="run"), resume=True)
     assert "head on all positions (it needs all of them)" in capsys.readouterr().out
     for one, other in zip(read_metrics(whole), read_metrics(run_dir), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    assert not json.loads((run_dir / "run.json").read_text())["config"]["dense_head"]
+    assert not json.loads((run_dir / "run.json").read_text())["config"]["machine"]["dense_head"]
 
 
 @pytest.mark.parametrize("trouble", ["vanished", "read-only"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mlm_scratch.config import changed
 from mlm_scratch.data import rows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE
@@ -83,7 +84,7 @@ def test_a_signal_loses_nothing_wherever_it_arrives(
 def test_an_evaluation_repeated_after_a_resume_is_logged_once(files, monkeypatch):
     """Stopped in the evaluation at step 5, then killed after it was repeated."""
     settings = config(files, output_dir="stopped", save_every=7, no_eval_first=True)
-    whole = train(replace(settings, output_dir="whole"))
+    whole = train(changed(settings, output_dir="whole"))
     evaluate, step = state.evaluate, MaskedLM.forward
 
     def signalled(*args):

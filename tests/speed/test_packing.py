@@ -1,13 +1,13 @@
 """Packed rows: the same step in fewer positions."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, ModernBertConfig
 
+from mlm_scratch.config import changed
 from mlm_scratch.loader import Batch
 from mlm_scratch.parallel.ranks import ALONE
 from mlm_scratch.report.metrics import read_metrics
@@ -88,7 +88,7 @@ def test_every_text_has_its_place_and_rows_are_full():
 def test_a_packed_step_has_the_loss_and_the_gradients_of_a_padded_one(files, settings):
     config = small_config(files, **LINES, lr=1e-20, **settings)
     packed = lines_and_gradients(config)
-    padded = lines_and_gradients(replace(config, no_packing=True))
+    padded = lines_and_gradients(changed(config, no_packing=True))
     for (one, gradient), (other, expected) in zip(packed, padded, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert (gradient - expected).norm() < 1e-5 * expected.norm()
@@ -99,13 +99,13 @@ def test_a_packed_run_ends_like_a_padded_one(files, capsys):
     """With two processes, with an evaluation, and with a resume that goes on the other way."""
     settings = LINES | {"batch_size": 8, "eval_fraction": 0.2, "lr": 1e-4, "save_every": 4}
     config = small_config(files, **settings, max_steps=8)
-    expected = read_metrics(train(replace(config, no_packing=True)))
+    expected = read_metrics(train(changed(config, no_packing=True)))
     assert "rows padded" in capsys.readouterr().out
-    halves = train(replace(config, output_dir="run"))
+    halves = train(changed(config, output_dir="run"))
     assert "rows packed" in capsys.readouterr().out
     forget_after(4, halves)
-    train(replace(config, output_dir="run", no_packing=True), resume=True)
-    two = replace(config, output_dir="two", batch_size=4)
+    train(changed(config, output_dir="run", no_packing=True), resume=True)
+    two = changed(config, output_dir="two", batch_size=4)
     code, _, err = finish(forked(2, two))
     assert code == 0, err
     for run in (train(config), halves, Path("two")):
@@ -144,4 +144,4 @@ def test_rows_longer_than_a_window_are_not_packed(files, capsys):
     config = small_config(files, **LINES)
     found = adapt(model, config, ALONE)
     assert not found.packs and not found.ready_mask
-    assert adapt(model, replace(config, block_size=16), ALONE).packs
+    assert adapt(model, changed(config, block_size=16), ALONE).packs

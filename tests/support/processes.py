@@ -3,7 +3,6 @@
 A new interpreter needs about four seconds for its imports, a fork a tenth of one.
 """
 
-import dataclasses
 import multiprocessing
 import os
 import shutil
@@ -20,7 +19,7 @@ import pytest
 import torch
 from torch import distributed
 
-from mlm_scratch.config import TrainConfig, resolve
+from mlm_scratch.config import TrainConfig, flat, resolve
 from mlm_scratch.util.errors import run_command
 from mlm_scratch.util.runs import checkpoints, step_of
 
@@ -175,9 +174,9 @@ def _arguments(settings: tuple[Any, ...]) -> list[str]:
 
 def flags_of(config: TrainConfig) -> Iterator[Any]:
     """Yield the flags of train.py that give `config`."""
-    named = {"model": config.model, "train_file": config.train_file}
-    implied = dataclasses.asdict(resolve("tutorial", named))
-    for name, value in dataclasses.asdict(config).items():
+    named = {"model": config.model.name, "train_file": config.text.train_file}
+    implied = flat(resolve("tutorial", named))
+    for name, value in flat(config).items():
         if name in named or value != implied[name]:
             yield "--" + name.replace("_", "-")
             if value is not True:

@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.config import BUNDLED_RECIPE, TrainConfig
+from mlm_scratch.config import BUNDLED_RECIPE, TrainConfig, changed
 from mlm_scratch.data.documents import load_documents
 from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.fill_mask import fill_mask
@@ -30,7 +29,7 @@ from mlm_scratch.run import build
 from mlm_scratch.run.session import train
 from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
 
-BASE = replace(
+BASE = changed(
     BUNDLED_RECIPE, eval_every=0, no_eval_first=True, watch=(), save_every=0, precision="fp32"
 )
 CHANGES: dict[str, dict[str, Any]] = {
@@ -128,7 +127,7 @@ def main() -> None:
             for number, (name, change) in enumerate(CHANGES.items()):
                 output_dir = str(Path(directory) / f"{number}-{seed}")
                 settings = {"seed": seed, "output_dir": output_dir, "max_steps": arguments.steps}
-                found[name].append(run(name, replace(BASE, **change, **settings)))
+                found[name].append(run(name, changed(BASE, **change, **settings)))
                 print(f"{name}, seed {seed}: {found[name][-1]}", file=sys.stderr, flush=True)
     columns = list(found[name][0])
     print("| | " + " | ".join(columns) + " |")

@@ -117,22 +117,24 @@ def trainer_steps(settings: str, steps: str) -> float:
     config = tutorial_shape(**json.loads(settings))
     times = StepTimes()
     run_trainer(config, int(steps) + 1, times)
-    return seconds_per_step(times.clock, choose_precision(config.device, config.precision).device)
+    return seconds_per_step(
+        times.clock, choose_precision(config.machine.device, config.machine.precision).device
+    )
 
 
 def run_trainer(config: TrainConfig, steps: int, callback: TrainerCallback) -> None:
     """Run this many steps of Trainer with the settings, text and random weights of `config`."""
-    precision = choose_precision(config.device, config.precision)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    precision = choose_precision(config.machine.device, config.machine.precision)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     rows = prepare_rows(load_documents(config)[0], tokenizer, config)
     with tempfile.TemporaryDirectory() as directory:
         Trainer(
-            model=load_model(config.model, "scratch"),
+            model=load_model(config.model.name, "scratch"),
             args=TrainingArguments(
                 directory,
                 max_steps=steps,
-                per_device_train_batch_size=config.batch_size,
-                learning_rate=config.lr,
+                per_device_train_batch_size=config.optimization.batch_size,
+                learning_rate=config.optimization.lr,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -141,8 +143,8 @@ def run_trainer(config: TrainConfig, steps: int, callback: TrainerCallback) -> N
                 fp16=precision.dtype == torch.float16,
                 logging_steps=10_000,
             ),
-            train_dataset=examples_of(rows, steps * config.batch_size),
-            data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.seed),
+            train_dataset=examples_of(rows, steps * config.optimization.batch_size),
+            data_collator=DataCollatorForLanguageModeling(tokenizer, seed=config.optimization.seed),
             callbacks=[callback],
         ).train()
 
@@ -249,7 +251,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     }
     config = tutorial_shape(**settings)
     documents, _ = load_documents(config)
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     texts = list(documents)
 
     with tempfile.TemporaryDirectory() as directory:
@@ -309,11 +311,15 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         lambda: steps_in_a_process("trainer_steps"),
         repeats,
     )
-    precision = choose_precision(config.device, config.precision)
-    model = load_model(config.model, "scratch")
-    masked = round(mask_rates(config.mlm_probability)[0] * config.batch_size * config.block_size)
-    tokens = config.batch_size * config.block_size
-    flops = StepFlops(model).count(tokens, config.block_size, masked)
+    precision = choose_precision(config.machine.device, config.machine.precision)
+    model = load_model(config.model.name, "scratch")
+    masked = round(
+        mask_rates(config.masking.mlm_probability)[0]
+        * config.optimization.batch_size
+        * config.text.block_size
+    )
+    tokens = config.optimization.batch_size * config.text.block_size
+    flops = StepFlops(model).count(tokens, config.text.block_size, masked)
     with precision.tf32():
         rate = matrix_rate(precision.device, precision.dtype, tokens)
     peak = peak_rate(precision)
@@ -333,7 +339,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield "peak memory (Trainer)", summary(pairs)
 
     with tempfile.TemporaryDirectory() as directory:
-        load_model(config.model, "scratch").save_pretrained(directory)
+        load_model(config.model.name, "scratch").save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         text = f"The Milky Way is a {tokenizer.mask_token} galaxy."
         yield (

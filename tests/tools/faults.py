@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import matplotlib.pyplot  # noqa: F401  imported once here instead of in every c
 import torch
 from tqdm import tqdm
 
-from mlm_scratch.config import TrainConfig
+from mlm_scratch.config import TrainConfig, changed
 from mlm_scratch.run import build, ending, session, state
 from mlm_scratch.run.saver import Saver
 from mlm_scratch.util.runs import RUN_JSON
@@ -63,7 +62,7 @@ IN_BACKGROUND = 1  # the variant whose killed runs, as on a GPU, take steps whil
 def run_in_child(
     config: TrainConfig, phase: mmap.mmap, die_at_call: int, in_background: bool
 ) -> int:
-    """Fork a process that trains, or resumes if `config.output_dir` holds a run.
+    """Fork a process that trains, or resumes if `config.output.output_dir` holds a run.
 
     Args:
         config: the settings of the run.
@@ -87,7 +86,7 @@ def run_in_child(
         follow(phase, die_at_call)
         if in_background:
             build.Saver = lambda in_background: Saver(in_background=True)  # type: ignore
-        session.train(config, resume=Path(config.output_dir or "", RUN_JSON).exists())
+        session.train(config, resume=Path(config.output.output_dir or "", RUN_JSON).exists())
         code = 0
     except SystemExit as stopped:
         code = stopped.code
@@ -201,11 +200,11 @@ def main() -> None:
             config = small_config(Path(), **SETTINGS, **VARIANTS[variant])
             if variant not in whole_runs:
                 whole_dir, begin = Path(f"whole-{variant}"), time.perf_counter()
-                kill_until_finished(replace(config, output_dir=str(whole_dir)), 0, 0, Counter())
+                kill_until_finished(changed(config, output_dir=str(whole_dir)), 0, 0, Counter())
                 whole_runs[variant] = (whole_dir, time.perf_counter() - begin)
             whole_dir, seconds = whole_runs[variant]
             killed_dir = Path(f"killed-{runs}")
-            killed = replace(config, output_dir=str(killed_dir))
+            killed = changed(config, output_dir=str(killed_dir))
             kill_until_finished(killed, seconds, arguments.kills, deaths, variant == IN_BACKGROUND)
             assert_same_run(whole_dir, killed_dir)
             shutil.rmtree(killed_dir)

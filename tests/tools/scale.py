@@ -94,7 +94,10 @@ def stream_memory(model: str, gigabytes: float, directory: Path) -> None:
     config = tutorial_shape(model, str(text), "text", streaming=True, batch_size=256)
     tokenizer = load_tokenizer(model)
     stream = ShardedStream(load_documents(config)[0], tokenizer, config)
-    size_of_step = {"rows_per_step": stream.rows_per_step, "batch_size": config.batch_size}
+    size_of_step = {
+        "rows_per_step": stream.rows_per_step,
+        "batch_size": config.optimization.batch_size,
+    }
     loader = stream.loader(Collator(tokenizer), **size_of_step)
     buffers = math.ceil(documents / len(stream.positions) / TEXTS_PER_BATCH)  # of each shard
     begin, tokens, printed = time.perf_counter(), 0, 0

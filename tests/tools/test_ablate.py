@@ -1,10 +1,9 @@
 """What the ablation changes is what it says it changes."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
+from mlm_scratch.config import changed, flat
 from mlm_scratch.loader import Collator, TokenRows
 from tests.support.tiny import byte_level_tokenizer
 from tests.tools.ablate import BASE, CHANGES, MaskedOnce
@@ -34,5 +33,5 @@ def test_masks_that_are_drawn_once_are_the_same_in_every_epoch():
 
 def test_each_change_is_a_setting_of_the_recipe():
     for change in CHANGES.values():
-        assert all(getattr(BASE, name) != value for name, value in change.items())
-        replace(BASE, **change)
+        assert all(flat(BASE)[name] != value for name, value in change.items())
+        changed(BASE, **change)
