@@ -24,7 +24,8 @@ from tests.support.tiny import SENTENCES, save_roberta
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 (BLOCK,) = re.findall(r"```python\n(.*?)```", README, re.S)
-SETTINGS = '"distilbert/distilroberta-base", "notes.txt", "cuda", torch.float16'
+NAMES = '"distilbert/distilroberta-base", "notes.txt"'
+DTYPE = 'torch.float16 if device == "cuda" else torch.float32'
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,10 @@ def files(tmp_path_factory):
 
 def run_the_lesson(files, dtype):
     """Run the block with this model, text and arithmetic on the CPU; return all it defines."""
-    assert BLOCK.count(SETTINGS) == 1
+    assert BLOCK.count(NAMES) == BLOCK.count(DTYPE) == 1
     model, text = str(files / "model"), str(files / "notes.txt")
     names: dict = {}
-    exec(BLOCK.replace(SETTINGS, f'{model!r}, {text!r}, "cpu", torch.{dtype}'), names)
+    exec(BLOCK.replace(NAMES, f"{model!r}, {text!r}").replace(DTYPE, f"torch.{dtype}"), names)
     return names
 
 
@@ -71,6 +72,7 @@ def test_the_loop_in_readme_is_that_of_train_py(files, precision, dtype):
     assert len(losses) > 10 and lesson["losses"] == losses
     trained = load_file(run_dir / "model/model.safetensors")
     assert same_weights(lesson["model"].state_dict(), trained)
+    assert same_weights(load_file("model/model.safetensors"), trained)
     if precision == "fp32":
         assert_trainer_agrees(config, lesson)
 
