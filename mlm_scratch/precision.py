@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, first_line
 from mlm_scratch.util.launch import Launch, this_launch
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,8 +103,7 @@ def _choose_device(name: str, launch: Launch) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the GPU that NCCL and new tensors use
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--device {name} cannot be used: {reason}") from error
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -119,7 +118,7 @@ def _best_device(launch: Launch) -> str:
     has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if has_driver and not is_hidden and launch.is_first:
-        reasons = [str(warning.message).splitlines()[0] for warning in caught]
+        reasons = [first_line(str(warning.message)) for warning in caught]
         if torch.version.cuda is None:
             reasons = [f"torch {torch.__version__} is built without CUDA"]
         print(

@@ -200,9 +200,9 @@ def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: Tra
     }
     digest.update(json.dumps(settings).encode())
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # left over from the last call
-        tokenizer.backend_tokenizer.no_padding()
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        left_over = {"truncation": None, "padding": None}  # from the last call
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | left_over
+        digest.update(json.dumps(state).encode())
     else:
         digest.update(json.dumps([repr(tokenizer), sorted(tokenizer.get_vocab().items())]).encode())
     return digest.hexdigest()[:32]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.hf.checks import REFUSALS, in_eval_mode, longest_input
-from mlm_scratch.util.errors import UserError, is_out_of_memory, shortened
+from mlm_scratch.util.errors import UserError, first_line, is_out_of_memory, shortened
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
@@ -73,8 +73,7 @@ def refusals_reported(model: PreTrainedModel) -> Iterator[None]:
             raise UserError(
                 f"{model.device} is out of memory for this text: shorten it, or change --device"
             ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the model cannot take this text: {reason}") from error
+        raise UserError(f"the model cannot take this text: {first_line(error)}") from error
 
 
 def find_masks(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str) -> Tensor:

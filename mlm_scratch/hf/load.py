@@ -18,7 +18,7 @@ from mlm_scratch.config import BUNDLED, TrainConfig
 from mlm_scratch.hf.checks import check_fit, longest_input
 from mlm_scratch.hf.new_words import add_words, read_words
 from mlm_scratch.hf.small_modernbert import small_modernbert_config, train_tokenizer
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, first_line
 from mlm_scratch.util.runs import MODEL, RUN_JSON
 
 
@@ -135,5 +135,4 @@ def _check_missing(name: str | Path, missing: list[str], encoder: str, init: str
 def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
     if os.path.isfile(os.path.join(name, RUN_JSON)):
         return f"{name} is a run directory: name {name}/{MODEL}, or one of its checkpoints"
-    reason = str(error).strip().splitlines()
-    return f"cannot load a {what} from {name}: {reason[0] if reason else type(error).__name__}"
+    return f"cannot load a {what} from {name}: {first_line(error)}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, first_line
 from mlm_scratch.util.launch import Launch, this_launch
 
 
@@ -161,7 +161,7 @@ def all_ranks() -> Iterator[Ranks]:
         )
         _GROUPS.append(distributed.group.WORLD)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot reach the other processes: {_first_line(error)}") from error
+        raise UserError(f"cannot reach the other processes: {first_line(error)}") from error
     try:
         yield Ranks(**asdict(launch), store=store, name=name)
     except SystemExit:  # after a stop signal: all ranks end here
@@ -172,10 +172,6 @@ def all_ranks() -> Iterator[Ranks]:
             raise
         raise UserError(
             "another process of this run is gone or out of reach, so this one stops too; --resume "
-            f"goes on from the last checkpoint ({_first_line(error)})"
+            f"goes on from the last checkpoint ({first_line(error)})"
         ) from error
     distributed.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

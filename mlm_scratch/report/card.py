@@ -1,6 +1,6 @@
-"""The model card: model/README.md, which the Hub shows to whoever finds the model there.
+"""The model card: model/README.md, which the Hub shows beside the model.
 
-It names no user and no directory: of a local path, only the last part.
+Local paths are shortened to their last part; user names never appear.
 """
 
 import math
@@ -10,6 +10,8 @@ import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from mlm_scratch.config import (
     BUNDLED,
@@ -65,12 +67,14 @@ def model_card(
 
 
 def _front_matter(config: TrainConfig) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: fill-mask", "tags: [masked-lm]"]
-    if config.model.model_commit:
-        lines.append(f"base_model: {config.model.name}")
-    if config.text.dataset_commit:
-        lines.append(f"datasets: [{config.text.dataset}]")
-    return "\n".join(["---", *lines, "---"])
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["masked-lm"],
+        base_model=config.model.name if config.model.model_commit else None,
+        datasets=[str(config.text.dataset)] if config.text.dataset_commit else None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _text(config: TrainConfig, name: str, sources: dict[str, str]) -> str:
@@ -118,7 +122,7 @@ def command_line(config: TrainConfig) -> str:
     named = {name: values[name] for name in NAMED if values[name] != of_recipe[name]}
     if config.text.train_file:
         named.pop("dataset", None)
-    implied = flat(resolve(config.recipe, named))  # what need not be said once those are named
+    implied = flat(resolve(config.recipe, named))  # what follows from those
     words = ["python", "train.py", "--recipe", config.recipe]
     for name in flags():
         value = values[name]
@@ -136,7 +140,7 @@ def as_markdown(text: str) -> str:
 
 
 def settings(config: TrainConfig) -> dict[str, dict[str, str]]:
-    """Return the settings of each section by name, as they are said on a command line."""
+    """Return the settings of each section by name, written as on a command line."""
     values = flat(config)
     return {
         section: {

@@ -52,13 +52,13 @@ class Pace:
 
 
 def shown_speed(speed: Mapping[str, float]) -> str:
-    """Say what Pace.speed returned."""
+    """Format a speed."""
     mfu = f", MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
     return f"{speed['tokens_per_second']:,.0f} tokens/s{mfu}"
 
 
 class Report(Protocol):
-    """What the loop tells about a run, whoever listens."""
+    """What the loop reports about a run."""
 
     def close(self) -> None:
         """Finish the bar and the files. Harmless if called twice."""
@@ -218,7 +218,7 @@ class FileReport:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Say time, speed, and what the perplexity was before, of what Report.results returned."""
+    """Format time, speed, and the perplexity before and after; `results` are Report.results."""
     duration = tqdm.format_interval(results["seconds"])
     line = f"{results['steps']:,} steps in {duration}, {shown_speed(results)} with evaluations"
     before, after = results["before"], results["after"]

@@ -70,7 +70,7 @@ def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     at = _tokens_of(inputs, sentence, start, start + len(match[1]))  # (M,)
     if at is None:
         raise UserError(
-            f"--watch: {match[1]!r} is no word of its own for the tokenizer in {shortened(text)}: "
+            f"--watch: {match[1]!r} is not a separate word to this tokenizer in {shortened(text)}: "
             "put spaces around it, or use <mask>"
         )
     masked = input_ids.index_fill(0, at, tokenizer.mask_token_id)  # (T,)
@@ -106,7 +106,7 @@ def fill_watched(
     for each in watched if ranks.is_first else []:
         with torch.no_grad():
             logits = forward(model, {"input_ids": each.input_ids[None]})[0]  # (T, V)
-        # Not checked for NaN: what to do about that is the loop's business.
+        # Not checked for NaN: the loop decides about those.
         probabilities = logits[each.at.to(logits.device)].float().cpu().softmax(dim=-1)  # (M, V)
         best_p, best_ids = probabilities.max(dim=1)  # (M,), (M,)
         fill = {
@@ -132,12 +132,12 @@ def before_and_after(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def watched_line(fill: dict[str, Any]) -> str:
-    """Say what a sentence was filled with."""
+    """Format a sentence and its fill."""
     return f"    {fill['text']}  {short(fill)}"
 
 
 def short(fill: dict[str, Any]) -> str:
-    """Say the best fill and, where it is another one, the probability of the answer."""
+    """Format the best fill and, if that is not the answer, the probability of the answer."""
     best = f"{fill['fill']} ({fill['p']:.2f})"
     if "answer" not in fill:
         return best

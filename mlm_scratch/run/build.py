@@ -53,7 +53,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
     if loaded.eval_rows is None and (evaluation.best or evaluation.patience):
         flag = "--best" if evaluation.best else "--patience"
-        raise UserError(f"{flag} goes by the evaluation loss: name an --eval-file or a share")
+        raise UserError(f"{flag} needs an evaluation loss: pass --eval-file or --eval-fraction")
     watched = read_watched(evaluation.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
@@ -199,7 +199,7 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
 
 
 def what_was_found(model: FastMaskedLM, config: TrainConfig, resumed: bool) -> str:
-    """Say where the head comes from and runs, and how rows shorter than others are laid out."""
+    """Describe where the head comes from and runs, and the layout of shorter rows."""
     head, machine = "head on masked positions", config.machine
     if model.dense_head:
         head = "head on all positions" + ("" if machine.dense_head else " (it needs all of them)")

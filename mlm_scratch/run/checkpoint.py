@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.errors import UserError, first_line
 from mlm_scratch.util.files import checksum, sync
 from mlm_scratch.util.runs import MANIFEST, REPLACED, STATE, checkpoints, find_fault, step_of
 
@@ -144,5 +144,4 @@ def load_state(directory: Path) -> dict[str, Any]:
     try:
         return torch.load(directory / STATE, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{directory / STATE} cannot be read: {reason}") from error
+        raise UserError(f"{directory / STATE} cannot be read: {first_line(error)}") from error

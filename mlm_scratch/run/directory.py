@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from mlm_scratch.config import SECTIONS, TUTORIAL, TrainConfig, changed, flat
 from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.files import write_text
 from mlm_scratch.util.launch import this_launch
 from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS, newest_run
 
@@ -236,9 +237,7 @@ def write_run_json(
                 content["processes"] = begun["processes"]
                 of_begun = begun["config"]["optimization"]
                 content["config"]["optimization"] |= {name: of_begun[name] for name in PER_RANK}
-        unfinished = run_dir / f".{RUN_JSON}"
-        unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        os.replace(unfinished, run_dir / RUN_JSON)
+        write_text(run_dir / RUN_JSON, json.dumps(content, indent=2))
     except OSError as error:
         raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
 

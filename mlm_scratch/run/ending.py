@@ -1,7 +1,6 @@
 """What a finished run leaves behind: model/ with a model card, results.json, report.html."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from mlm_scratch.report.watch import before_and_after
 from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.state import Training
 from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.files import write_text
 from mlm_scratch.util.runs import MODEL, find_fault
 
 RESULTS, PAGE = "results.json", "report.html"
@@ -47,7 +47,7 @@ def leave_behind(t: Training, report: Report) -> None:
     card = model_card(t.config, t.labels, t.loader.rows_per_step, results, lines)
     (t.run_dir / MODEL / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(t.run_dir / PICTURE, t.run_dir / MODEL)
-    _write(t.run_dir / RESULTS, json.dumps(results, indent=2))
+    write_text(t.run_dir / RESULTS, json.dumps(results, indent=2))
     page = report_page(
         t.run_dir.resolve().name,
         lines,
@@ -57,7 +57,7 @@ def leave_behind(t: Training, report: Report) -> None:
         {"read": t.labels, **settings(t.config)},
         command_line(t.config),
     )
-    _write(t.run_dir / PAGE, page)
+    write_text(t.run_dir / PAGE, page)
     print(summary(results))
     if fills := before_and_after(results):
         before, after = results["before"]["step"], results["after"]["step"]
@@ -72,13 +72,6 @@ def _time_and_speed_before(run_dir: Path) -> dict[str, Any]:
         return {name: old[name] for name in ("steps", "seconds", "tokens_per_second")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _save_final_model(t: Training) -> int:

@@ -161,7 +161,7 @@ def _begin(t: Training) -> FileReport:
 
 @contextmanager
 def _directory_errors(directory: Path) -> Iterator[None]:
-    """Turn what the system refuses during a run into a UserError."""
+    """Turn errors of the operating system during a run into a UserError."""
     excepthook = threading.excepthook
 
     def ignore_os_errors(thread: threading.ExceptHookArgs) -> None:
@@ -193,7 +193,7 @@ def _directory_errors(directory: Path) -> Iterator[None]:
 
 
 def _smaller_batches(t: Training) -> str:
-    """Say how the same steps fit into less memory."""
+    """Describe how the same steps fit into less memory."""
     size, ways = t.config.optimization.batch_size, []
     if size > 1:
         smaller = max(part for part in range(1, size) if size % part == 0)

@@ -35,6 +35,11 @@ def out_of_memory_means(advice: str) -> Iterator[None]:
         raise UserError(f"out of memory: {advice}") from error
 
 
+def first_line(error: Exception | Warning | str) -> str:
+    """Return the first line of a message, or the type of an error that has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def shortened(text: str) -> str:
     """Quote a text for an error message, cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -16,6 +16,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with open(path, "rb") as file:

@@ -136,7 +136,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better(files, losses, capsys):
 )
 def test_without_a_text_to_evaluate_on_nothing_can_be_the_best(files, flag, settings):
     watch = ("Water <mask>.",)  # evaluations there are, but without a loss
-    with pytest.raises(UserError, match=f"{flag} goes by the evaluation loss"):
+    with pytest.raises(UserError, match=f"{flag} needs an evaluation loss"):
         train(small_config(files, watch=watch, **settings))
 
 
