@@ -42,6 +42,8 @@ def _check(flag: str, value: Any, kind: Any, limits: Any) -> None:
         kind = tuple
     if not isinstance(value, kind):
         raise UserError(f"{flag} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+    if isinstance(value, tuple) and not all(isinstance(part, str) for part in value):
+        raise UserError(f"{flag} must be a list of texts, got {value!r}")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{flag} must fit into 64 bits, got {value.bit_length()} bits")
     if isinstance(value, str) and not value.isprintable():

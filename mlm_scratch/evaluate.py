@@ -7,7 +7,6 @@ if the model does not change. Here one seed fixes the masks, and all masked toke
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,6 @@ from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
 from mlm_scratch.util.progress import progress_bar
 
-if TYPE_CHECKING:
-    from mlm_scratch.run.signals import StopRequest
-
 
 @torch.no_grad()
 def evaluate(
@@ -34,7 +30,7 @@ def evaluate(
     config: TrainConfig,
     precision: Precision,
     ranks: Ranks = ALONE,
-    stop: "StopRequest | None" = None,
+    stop: Callable[[], bool] | None = None,
     arrange: Callable[[Batch], Batch] = unchanged,
 ) -> dict[str, float] | None:
     """Predict the masked tokens of all rows.
@@ -62,7 +58,7 @@ def evaluate(
         bar = progress_bar(starts, desc="evaluating", unit=" batches", leave=False)
         for number, start in enumerate(bar):
             turn = number % ranks.size
-            if turn == 0 and stop is not None and stop.agreed_by_all_ranks():
+            if turn == 0 and stop is not None and stop():
                 return None
             end = min(start + batch_size, len(rows))
             batch = arrange(collator(rows, np.arange(start, end)))

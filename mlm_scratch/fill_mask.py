@@ -10,6 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+class FillError(ValueError):
+    """Something that the caller can fix: the text, the targets, or the model."""
+
+
 @torch.no_grad()
 def predict(
     model: PreTrainedModel,
@@ -19,12 +23,18 @@ def predict(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Predict the masked tokens of some texts in one forward pass.
 
+    Args:
+        model: a masked-LM.
+        tokenizer: its tokenizer; several texts need its padding token.
+        texts: no longer than the model takes, or else truncated by `max_length`.
+        max_length: truncate texts to this many tokens.
+
     Returns:
         for each text, on the CPU: its ids (T,); the positions of its M masks (M,); and the
         probability of every token of the vocabulary at each of them (M, V).
 
     Raises:
-        ValueError: a text without a mask; damaged weights.
+        FillError: a text without a mask; damaged weights.
     """
     inputs = tokenizer(
         texts,
@@ -48,11 +58,11 @@ def predict(
         input_ids = inputs["input_ids"][row][is_token]  # (T,), its own T
         mask_index = (input_ids == tokenizer.mask_token_id).nonzero().squeeze(1)  # (M,)
         if len(mask_index) == 0:
-            raise ValueError(f"no {tokenizer.mask_token} in the text {text!r}")
+            raise FillError(f"no {tokenizer.mask_token} in the text {text!r}")
         at_masks = logits[row, mask_index.to(logits.device)].cpu()  # (M, V)
         probabilities = at_masks.softmax(dim=-1)  # (M, V)
         if probabilities.isnan().any():
-            raise ValueError("the model outputs NaN: its weights are damaged")
+            raise FillError("the model outputs NaN: its weights are damaged, choose another")
         predictions.append((input_ids, mask_index, probabilities))
     return predictions
 
@@ -85,12 +95,12 @@ def fill_mask(
         A list of one text gives the same as the text alone.
 
     Raises:
-        ValueError: as in `predict`; top_k out of range; no usable target.
+        FillError: as in `predict`; top_k out of range; no usable target.
 
     Source: transformers' FillMaskPipeline, whose output this equals.
     """
     if top_k < 1 or (targets is None and top_k > model.config.vocab_size):
-        raise ValueError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
+        raise FillError(f"top-k must be from 1 to {model.config.vocab_size}, got {top_k}")
     target_ids = None if targets is None else find_target_ids(tokenizer, targets)
     texts = [texts] if isinstance(texts, str) else texts
     fills = []
@@ -108,7 +118,7 @@ def find_target_ids(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]
         pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
         ids += [vocabulary[target]] if target in vocabulary else pieces[:1]
     if not ids:
-        raise ValueError("none of the targets gives a token of the vocabulary")
+        raise FillError("none of the targets gives a token of the vocabulary")
     return torch.tensor(list(set(ids)))  # through a set, as in the pipeline: its order breaks ties
 
 

@@ -131,6 +131,8 @@ class Loader:
                 where several processes share the step.
             arrange: Batch -> Batch with the same loss that is cheaper to compute.
         """
+        if len(rows) == 0:
+            raise ValueError("there are no rows to train on")
         self.rows, self.collator = rows, collator
         self.rows_per_step, self.batch_size, self.seed = rows_per_step, batch_size, seed
         self.device = device or torch.device("cpu")
@@ -144,7 +146,7 @@ class Loader:
             own, n_masked = self.share(self.collator(rows, indices, done))  # (B, T), masked
             batches = []
             for start in range(0, len(own.labels), self.batch_size):
-                batch = own.rows(slice(start, start + self.batch_size))
+                batch = own.rows(slice(start, start + self.batch_size))  # as wide as the step
                 batches.append(self.arrange(batch).to(self.device))
             yield Step(batches, n_masked, int(rows.lengths(indices).sum()))
 

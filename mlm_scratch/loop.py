@@ -36,6 +36,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of one optimizer step, and update the weights once.
 
+    Its two halves follow below; only what the CPU decides about the step stands here.
+
     Args:
         model: a MaskedLM; or one wrapped in DistributedDataParallel (DDP), whose backward sums the
             gradients over all processes.
@@ -51,7 +53,7 @@ def train_step(
         nats per masked token, counts this process's rows only: those of all processes add up. The
         norm is measured before clipping.
     """
-    scale = scaler.get_scale()
+    scale = scaler.get_scale()  # no wait: the device has nothing to do yet
     loss = compute_gradients(model, scaler, step.batches, max(step.n_masked, 1), autocast)  # ()
     if step.n_masked == 0:  # gradients are 0, but AdamW would still apply momentum and decay
         optimizer.zero_grad()
@@ -62,7 +64,7 @@ def train_step(
     return loss, grad_norm
 
 
-# ---- On the device: the next two read no number that changes from step to step -------------------
+# ---- On the device: its two halves read no number of the step (if the optimizer is fused) --------
 
 
 def compute_gradients(

@@ -99,6 +99,7 @@ class MaskedLM(nn.Module):
         return self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def _keep_positions(self, encoder: nn.Module, inputs: tuple, output: Any) -> Any:
+        """Gather the hidden states at the masked positions: (B, T, H) -> (1, N, H)."""
         if self.positions is not None:
             hidden = output["last_hidden_state"].flatten(0, 1)  # (B * T, H)
             output["last_hidden_state"] = hidden[self.positions].unsqueeze(0)  # (1, N, H)

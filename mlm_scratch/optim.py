@@ -56,6 +56,8 @@ def build_schedule(
         share: step -> share of the peak rate; see `share_of_peak`.
         scheduled_steps: steps done before, if a run is resumed.
     """
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])  # the peak; LambdaLR asks for it at a resume
     return LambdaLR(optimizer, share, scheduled_steps - 1)
 
 
@@ -69,8 +71,9 @@ def share_of_peak(
     """Return the rate of a step as a share of the peak: up from 0 in the warm-up, then down to 0.
 
     Down in a straight line, along half a cosine, or not at all ("constant"). "wsd" (warm-up,
-    stable, decay) stays at the peak until `decay_steps` before the end: such a run can be prolonged
-    from any step before its decay. With the others the rate of every step depends on the length.
+    stable, decay) stays at the peak until `decay_steps` before the end and then falls along half a
+    cosine: such a run can be prolonged from any step before its decay. With the others the rate of
+    every step depends on the length.
 
     Sources: get_linear_schedule_with_warmup and the like of transformers; wsd: Hu et al. 2024,
     MiniCPM.

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm_scratch.fill_mask import FillError
 from mlm_scratch.hf.checks import REFUSALS, in_eval_mode, longest_input
 from mlm_scratch.util.errors import UserError, first_line, is_out_of_memory, shortened
 
@@ -63,10 +64,10 @@ def forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @contextmanager
 def refusals_reported(model: PreTrainedModel) -> Iterator[None]:
-    """Turn what a model, or fill_mask.py, raises for its inputs into a UserError."""
+    """Turn what a model, or chapter 6, raises for its inputs into a UserError."""
     try:
         yield
-    except ValueError as error:
+    except FillError as error:
         raise UserError(str(error)) from error
     except REFUSALS as error:
         if is_out_of_memory(error):

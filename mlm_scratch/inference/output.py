@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.fill_mask import fill_in, predict
 from mlm_scratch.hf.checks import ignores_padding, longest_input
-from mlm_scratch.hf.encode import encode, find_masks, find_words, spell_target
+from mlm_scratch.hf.encode import encode, find_masks, find_words, refusals_reported, spell_target
 from mlm_scratch.inference.fill import fill_mask
 from mlm_scratch.inference.joint import ORDERS, fill_jointly
 from mlm_scratch.inference.score import score_sentence
@@ -117,9 +117,9 @@ class Output:
     def steps(self, text: str) -> Iterator[str]:
         """Yield the lines of one computation step by step, with the values on the way."""
         limit = longest_input(self.tokenizer, self.model) if self.truncate else None
-        ((input_ids, mask_index, probabilities),) = predict(  # (T,), (M,), (M, V)
-            self.model, self.tokenizer, [text], limit
-        )
+        with refusals_reported(self.model):
+            predictions = predict(self.model, self.tokenizer, [text], limit)
+        ((input_ids, mask_index, probabilities),) = predictions  # (T,), (M,), (M, V)
         yield f"input_ids   {input_ids.tolist()}"
         yield f"tokens      {self.tokenizer.convert_ids_to_tokens(input_ids.tolist())}"
         yield f"mask index  {mask_index.tolist()}"

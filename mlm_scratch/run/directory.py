@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlm_scratch.config import SECTIONS, TUTORIAL, TrainConfig, changed, flat
+from mlm_scratch.config import RECIPES, SECTIONS, TUTORIAL, TrainConfig, changed
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import write_text
 from mlm_scratch.util.launch import this_launch
@@ -126,7 +126,9 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     run_dir = newest_run().resolve() if output_dir is None else Path(output_dir)
     try:
         noted = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
-        saved = _flat_settings(noted["config"])
+        saved = _settings_of(noted["config"], run_dir)
+        if not (isinstance(noted["processes"], int) and noted["processes"] > 0):
+            raise ValueError(f"{noted['processes']!r} processes")
         # The same command line again is no change, however the rows are shared now.
         is_new = {name for name, value in changes.items() if value != saved.get(name)}
         is_new |= PER_RANK if is_new & PER_RANK else set()
@@ -144,13 +146,21 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     return changed(TUTORIAL, **{**saved, **changes, "output_dir": str(run_dir)})
 
 
-def _flat_settings(noted: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of run.json by the names of their flags; new ones have their default."""
-    values = flat(TUTORIAL) | {"recipe": noted["recipe"]}
+def _settings_of(noted: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Return the settings of run.json by the names of their flags.
+
+    Raises:
+        UserError: they are not those that this version has.
+    """
+    fits = noted.keys() == {"recipe", *SECTIONS} and noted["recipe"] in RECIPES
+    for section, kind in SECTIONS.items() if fits else ():
+        names = {name for name, _ in kind.options()}
+        fits = fits and isinstance(noted[section], dict) and noted[section].keys() == names
+    if not fits:
+        raise UserError(f"--resume: {run_dir} was begun by another version: begin a new run")
+    values = {"recipe": noted["recipe"]}
     for section in SECTIONS:
         values |= noted[section]
-    if unknown := values.keys() - flat(TUTORIAL).keys():
-        raise KeyError(f"unknown settings, of another version: {', '.join(sorted(unknown))}")
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }

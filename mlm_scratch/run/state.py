@@ -117,7 +117,7 @@ class Training:
                 self.config,
                 self.precision,
                 self.ranks,
-                stop,
+                stop.agreed_by_all_ranks,
                 self.eval_layout,
             )
         if metrics is None:
