@@ -72,14 +72,9 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
     model.to(precision.device)
-    layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
-    eval_layout = layout
-    if config.machine.compile:
-        layout = replace(layout, mask_rate=max(mask_rates(config.masking.mlm_probability)))
-        eval_layout = replace(layout, mask_rate=config.evaluation.eval_mlm_probability)
-    collator = Collator(tokenizer, **config.masking.of_collator(), seed=config.optimization.seed)
+    layout, eval_layout = layouts(config, model, on_gpu)
     loader = source.loader(
-        collator,
+        Collator(tokenizer, **config.masking.of_collator(), seed=config.optimization.seed),
         rows_per_step=rows_per_step(config.optimization, ranks),
         batch_size=config.optimization.batch_size,
         seed=config.optimization.seed,
@@ -196,6 +191,16 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
             raise UserError(f"--gradient-checkpointing: {error}") from error
         hf_model.config.use_cache = False  # or decoders in disguise, such as BERT, warn each time
     return model
+
+
+def layouts(config: TrainConfig, model: FastMaskedLM, on_gpu: bool) -> tuple[Layout, Layout]:
+    """Return the layout of the batches to train on, and of those to evaluate on."""
+    layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
+    if not config.machine.compile:
+        return layout, layout
+    rates = max(mask_rates(config.masking.mlm_probability)), config.evaluation.eval_mlm_probability
+    of_training, of_evaluation = (replace(layout, mask_rate=rate) for rate in rates)
+    return of_training, of_evaluation
 
 
 def what_was_found(model: FastMaskedLM, config: TrainConfig, resumed: bool) -> str:
