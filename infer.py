@@ -178,7 +178,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="--generate: mask the less certain half again and fill it anew, N times (0)",
+        help="--generate: mask and fill the less certain half again, N times (0)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, ...")
     return parser.parse_args()

@@ -365,7 +365,7 @@ class OutputSettings(Section):
 class TrainConfig:
     """All settings of a run, by section; the defaults are those of the recipe `tutorial`.
 
-    `flat` and `changed` know each setting by the name of its flag, whatever its section.
+    `flat` and `changed` know each setting by the name of its flag, in any section.
 
     Raises:
         UserError: a value out of range or a contradiction; the message names the flag.
@@ -404,7 +404,7 @@ def flags() -> Iterator[str]:
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """Return all settings by the names of their flags, whatever their section."""
+    """Return all settings, of all sections, by the names of their flags."""
     values: dict[str, Any] = {"recipe": config.recipe}
     for section in SECTIONS:
         values |= getattr(config, section).by_flag()

@@ -282,7 +282,7 @@ def _documents_of(
 def _load_dataset(text: TextSettings, revision: str | None) -> tuple[Rows, str]:
     """Load the data set of a Hub id or of a directory; return it and its version.
 
-    `revision` is that of the model, for a data set that has none of its own.
+    `revision` is that of the model, for a data set without one.
     """
     assert text.dataset is not None
     directory = Path(text.dataset)

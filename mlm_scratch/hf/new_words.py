@@ -7,7 +7,7 @@ A word is added to the tokenizer's own vocabulary, spelled as that spells words:
     Unigram           ▁word
 
 `add_tokens` of transformers would instead cut the text at the word before anything else is done:
-in byte-level BPE and with SentencePiece, the space before it would become a token of its own.
+in byte-level BPE and with SentencePiece, the space before it would become a separate token.
 """
 
 import json

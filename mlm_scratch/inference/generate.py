@@ -5,7 +5,7 @@
     The Milky Way is a galaxy .  then half of what is left, and so on
 
 An MLM has learned to fill few masks among many words, so that it is unsure of the first ones. What
-it was least sure of can be masked again and filled anew, now that the rest is there ("remasking").
+it was least sure of can be masked and filled again, now that the rest is there ("remasking").
 
 Sources: Chang et al. 2022, MaskGIT; Nie et al. 2025, Large Language Diffusion Models.
 """

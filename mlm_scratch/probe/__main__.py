@@ -5,7 +5,7 @@ python -m mlm_scratch.probe labelled.jsonl --models distilbert/distilroberta-bas
 
 Each text is the mean of its tokens' hidden states, (H,). A logistic regression learns the labels
 from them in 5 folds: every text is predicted once, by a regression that has not seen it. Two models
-get the same folds, so that the difference of their accuracies has an interval of its own.
+get the same folds, so that the difference of their accuracies has an interval, too.
 """
 
 import argparse

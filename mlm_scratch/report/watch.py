@@ -63,7 +63,7 @@ def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     (match,) = answers
     sentence = text[: match.start()] + match[1] + text[match.end() :]
     # The answer's own tokens are masked, as in training. To tokenize the sentence with masks in it
-    # would be another thing: SentencePiece puts a space of its own after a mask.
+    # gives other ids: SentencePiece inserts a space after a mask.
     inputs = encode(model, tokenizer, [sentence])
     (input_ids,) = inputs["input_ids"]  # (T,)
     start = match.start()

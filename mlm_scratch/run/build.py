@@ -173,7 +173,7 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
     """Wrap a model, still on the CPU, and find out by small batches what it can do.
 
     Raises:
-        UserError: the model has no gradient checkpointing, and that is asked for.
+        UserError: --gradient-checkpointing with a model that does not support it.
     """
     model, machine, length = FastMaskedLM(hf_model), config.machine, config.text.block_size
     model.dense_head = machine.dense_head or not sparse_head_works(model)

@@ -83,7 +83,7 @@ def open_run(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Run]:
     Only rank 0 makes, locks and writes it.
 
     Raises:
-        UserError: also for whatever goes wrong with the directory while the run is open.
+        UserError: also for errors of the directory while the run is open.
     """
     config, resume = ranks.rank0_decides(lambda: _what_to_run(config, resume, ranks))
     with ExitStack() as held:

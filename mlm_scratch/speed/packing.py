@@ -5,7 +5,7 @@
     b b             b b c c c       1 1 2 2 2           0 1 0 1 2
     c c c
 
-Each text attends to itself alone, and its positions begin anew. So a model that keeps to both
+Each text attends to itself alone, and its positions restart. So a model that keeps to both
 computes for each text what it computes for the text alone, and a step stays the same step.
 
 The bundled run, whose batches are half padding, takes 73 s instead of 102 s. Off: --no-packing.

@@ -1,4 +1,4 @@
-"""A vocabulary whose size suits a GPU: padded while training, cut again in whatever is saved.
+"""A vocabulary whose size suits a GPU: padded while training, unpadded in all that is saved.
 
 RoBERTa has V = 50,265 tokens, an odd number. So the rows of the logits (N, V) begin at addresses
 that a GPU's fast matrix kernels cannot use. With V a multiple of 64 they can. The new tokens have

@@ -26,7 +26,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def out_of_memory_means(advice: str) -> Iterator[None]:
-    """Turn "out of memory", from whatever device, into a UserError with this advice."""
+    """Turn "out of memory", on any device, into a UserError with this advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
