@@ -30,7 +30,7 @@ from mlm_scratch.util.errors import UserError, shortened
 
 VALIDATION = "validation"  # `datasets` calls a split so whose files are named dev, val or valid
 COMMIT = "[0-9a-f]{40}"
-TEXTS_PER_BATCH = 1000  # documents read, and passed to the tokenizer, at once
+TEXTS_PER_BATCH = 1000  # documents per read and per call of the tokenizer
 
 
 @dataclass
@@ -40,13 +40,13 @@ class Documents:
     Attributes:
         rows: the data set; with --streaming an IterableDataset, which has no length and is read
             from its source each time.
-        column: the column with the text, dotted if nested; None: the only one that is text.
-        source: its name in messages.
+        column: name of the text column, dotted if nested; None: the only column of text.
+        source: the name of the data set in messages.
         json_lines: whether each row is a line of JSON, in the column "text", parsed here.
-            `datasets` would fix the types of all columns by the first file: a list that is empty
-            there would have to be empty everywhere.
+            `datasets` would infer the types of all columns from the first file: a list that is
+            empty there would have to be empty everywhere.
         version: the commit, or a digest of the contents, that was loaded.
-        held_out: whether it is a part of the training text that is not trained on.
+        held_out: whether these documents were split off from the training text for evaluation.
     """
 
     rows: Rows
@@ -76,7 +76,7 @@ class Documents:
         self.rows = self.rows.select_columns(self.path[0])
 
     def _json_path(self) -> list[str]:
-        """Find the column in the lines of JSON. One that has it is enough: others may lack it."""
+        """Find the column in the lines of JSON. One line that has the column is enough."""
         names: dict[str, None] = {}  # a set that keeps its order
         for part in self.rows.iter(SAMPLE):
             rows = self._parsed(part["text"])
@@ -93,7 +93,7 @@ class Documents:
 
     @property
     def commit(self) -> str | None:
-        """The commit of the Hub that was loaded; None for what is local."""
+        """The Hub commit that was loaded; None for a local source."""
         return self.version if re.fullmatch(COMMIT, self.version) else None
 
     @property
@@ -110,7 +110,7 @@ class Documents:
     def batches(self) -> Iterator[list[str]]:
         """Yield the texts, TEXTS_PER_BATCH at a time.
 
-        Between two batches, the state of a stream is that at the start of the next one.
+        Between two batches, the state of a stream points to the start of the next batch.
         """
         name, seen = "text" if self.json_lines else self.path[0], 0
         with errors_of(self.source):
@@ -143,11 +143,11 @@ class Documents:
         return text
 
     def part(self, number: int, parts: int) -> "Documents":
-        """Return one of equal parts of a stream.
+        """Return shard `number` of `parts` equal shards of a stream.
 
-        A part has its own files if they can be divided evenly, else every parts-th document.
+        A shard has its own files if they can be divided evenly, else every parts-th document.
         """
-        part = copy.deepcopy(self)  # parts that are read in turn would spoil each other's state
+        part = copy.deepcopy(self)  # shards that share a state would overwrite it in turn
         part.rows = split_dataset_by_node(part.rows, number, parts)
         return part
 
@@ -185,7 +185,7 @@ class Documents:
 
 
 class _NoTextError(Exception):
-    """The value of a row is something else; the message names its type."""
+    """The value of a row is not text; the message is the name of its type."""
 
 
 def _has_path(value: Any, path: list[str]) -> bool:
@@ -252,7 +252,7 @@ def _load_training_documents(config: TrainConfig) -> Documents:
 
 
 def _evaluation_split(config: TrainConfig) -> Documents | None:
-    """Load the split of the data set that is to be evaluated on; None if it has no such split."""
+    """Load the evaluation split of the data set; None if there is none to use."""
     if config.text.dataset in (None, BUNDLED) or config.text.train_file:
         return None
     if config.evaluation.eval_split is None and config.evaluation.eval_fraction is not None:
@@ -280,16 +280,16 @@ def _documents_of(
 
 
 def _load_dataset(text: TextSettings, revision: str | None) -> tuple[Rows, str]:
-    """Load the data set of a Hub id or of a directory; return it and its version.
+    """Load a data set from a Hub id or a directory; return the data set and its version.
 
-    `revision` is that of the model, for a data set without one.
+    `revision` is the model's; it is used if none is given for the data set.
     """
     assert text.dataset is not None
     directory = Path(text.dataset)
     options: dict[str, Any] = {"split": text.split, "streaming": text.streaming}
     if not directory.is_dir():
         revision = text.dataset_commit or text.dataset_revision or revision
-        if text.streaming:  # its rows do not say which commit they are from
+        if text.streaming:  # a stream does not record its commit
             revision = resolve_revision(
                 text.dataset, revision=revision, repo_type="dataset"
             ).resolved
@@ -307,10 +307,10 @@ def _load_dataset(text: TextSettings, revision: str | None) -> tuple[Rows, str]:
 
 
 def _commit_of(rows: Rows, name: str) -> str:
-    """Return the commit of the Hub that a data set was loaded from.
+    """Return the Hub commit that a data set was loaded from.
 
-    Without the Hub, `datasets` takes whatever was cached last under this name. From the Hub, that
-    lies in a directory named by its commit; from a local directory of the same name, it does not.
+    Offline, `datasets` loads the newest cache entry of this name. An entry from the Hub lies in a
+    directory named after its commit; an entry from a local directory of the same name does not.
     """
     names = {Path(file["filename"]).parent.name for file in rows.cache_files}
     if any(re.fullmatch(COMMIT, name) is None for name in names):
@@ -322,7 +322,7 @@ def _commit_of(rows: Rows, name: str) -> str:
 
 
 def _slice_of(rows: datasets.Dataset, text: TextSettings) -> Rows:
-    """Return what --split names of a data set that has no splits."""
+    """Apply the slice in --split to a data set without splits."""
     (part,) = datasets.ReadInstruction.from_spec(text.split).to_absolute({"train": len(rows)})
     rows = rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to))
     return rows.to_iterable_dataset() if text.streaming else rows

@@ -1,8 +1,8 @@
-"""Local files -> a data set of the text column alone, as text, whatever the other columns hold.
+"""Local files -> a data set of the text column alone, read as strings.
 
-`datasets` reads the files, but it keys its cache by path and modification time, reads a path as a
-pattern, and fixes the types of all columns by the first rows. So it is given links with plain
-names, a cache directory of its own under a key of the files' contents, and one column to read.
+`datasets` reads the files, but it keys its cache by path and modification time, expands a path as a
+glob pattern, and infers the types of all columns from the first rows. So it gets links with plain
+names, a separate cache directory keyed by the files' contents, and a single column to read.
 """
 
 import csv
@@ -42,7 +42,7 @@ def load_files(
     """Load the text column of local files as they are now.
 
     Args:
-        paths: files of one kind; .gz works for each.
+        paths: files of one kind; each may be compressed (.gz).
         column: the text column, dotted if nested; None: find it.
         split: "train" or a slice of it.
         streaming: read on demand.
@@ -64,7 +64,7 @@ def load_files(
         version = "" if streaming else contents_key(kind, map(Path, paths))
         directory = cache_of(version)
         paths, files = _stage_all(paths, kind, directory)
-        reader, options = "text", {"encoding": "utf-8-sig"}  # a byte-order mark is no text
+        reader, options = "text", {"encoding": "utf-8-sig"}  # strips a byte-order mark
         if kind in ("csv", "parquet"):
             column, top_level = _find_column(paths, files, kind, column, streaming)
             reader, options = kind, _options(kind, top_level)
@@ -82,7 +82,7 @@ def load_files(
 
 
 def kind_of(file: str) -> str:
-    """Return the kind of a file by its name. Raises UserError if it cannot be a text."""
+    """Return the kind of a file by its suffix. Raises UserError if unknown, missing or empty."""
     path = Path(file)
     suffix = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
     if suffix not in FILE_KINDS:
@@ -102,12 +102,12 @@ def _is_packed(path: Path) -> bool:
 
 
 def contents_key(kind: str, paths: Any) -> str:
-    """Digest what files contain, in their order."""
+    """Digest the contents of files, in order."""
     return hashlib.sha256(json.dumps([kind, *map(checksum, paths)]).encode()).hexdigest()
 
 
 def cache_of(version: str) -> Path:
-    """Return where `datasets` caches files of these contents; for streams, where links are."""
+    """Return the cache directory for files of these contents; all streams share one for links."""
     return Path(datasets.config.HF_DATASETS_CACHE) / f"mlm_scratch-{version[:32] or 'streams'}"
 
 
@@ -125,8 +125,8 @@ def errors_of(source: str) -> Iterator[None]:
         OSError,
         ValueError,
         EOFError,
-        RuntimeError,  # a data set that is a script
-        TypeError,  # a column that has another type in another file
+        RuntimeError,  # a data set defined by a script
+        TypeError,  # a column whose type differs between files
     ) as error:
         if "SchemaInferenceError" in repr(error.__cause__):  # raised for a file without any row
             raise UserError(f"cannot load {source}: there is no text in it") from error
@@ -138,9 +138,9 @@ def errors_of(source: str) -> Iterator[None]:
 def _stage_all(
     paths: tuple[str, ...], kind: str, directory: Path
 ) -> tuple[tuple[str, ...], list[Path]]:
-    """Stage all files below `directory`; return those that have rows, and where they are staged.
+    """Stage all files below `directory`; return the paths of files with rows and the staged files.
 
-    Files of equal content share a cache, but not the links: one of them may change later.
+    Files of equal content share a cache, but not the links: one of the files may change later.
     """
     names = json.dumps([str(Path(path).resolve()) for path in paths])
     links = directory / hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -158,9 +158,9 @@ def _stage_all(
 
 
 def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
-    """Return a file with a plain name and the same content, in the form that `datasets` reads.
+    """Stage a file under a plain name, in a form that `datasets` reads; return the staged file.
 
-    A link, except for .parquet.gz, which is unpacked, and .json, which becomes lines.
+    It is a link, except that .parquet.gz is decompressed and .json is rewritten as JSON Lines.
     """
     packed = _is_packed(path)
     converted = kind == "json" or (kind == "parquet" and packed)
@@ -172,7 +172,7 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
             write = _write_json_lines if kind == "json" else shutil.copyfileobj
             with _open(path) as source, new.open("wb") as target:
                 write(source, target)
-            os.utime(new, (0, 0))  # or `datasets` would take it for another file in each run
+            os.utime(new, (0, 0))  # constant: `datasets` keys its cache by it
         else:
             _link(path.resolve(), new)
         os.replace(new, staged)
@@ -184,7 +184,7 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
 def _link(path: Path, link: Path) -> None:
     try:
         link.symlink_to(path)
-    except OSError:  # a system that does not allow links
+    except OSError:  # the system does not allow links
         shutil.copyfile(path, link)
 
 
@@ -193,7 +193,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _write_json_lines(source: IO[bytes], target: IO[bytes]) -> None:
-    """Write the rows of a .json file, each as a line: a list, columns of equal length, or lines."""
+    """Rewrite a .json file as JSON Lines; it may hold a list, equally long columns, or lines."""
     text = source.read().decode("utf-8-sig")
     try:
         content = json.loads(text)
@@ -212,15 +212,15 @@ def _write_json_lines(source: IO[bytes], target: IO[bytes]) -> None:
 def _options(kind: str, column: str) -> dict[str, Any]:
     if kind == "parquet":
         return {"columns": [column]}
-    text = datasets.Features({column: datasets.Value("string")})  # 001 is no number
-    # The word NA in a table is a word, and an empty last field does not make the first an index.
+    text = datasets.Features({column: datasets.Value("string")})  # 001 stays 001
+    # Keep the word NA as text, and the first column as a column even if the last field is empty.
     return {"usecols": [column], "features": text, "keep_default_na": False, "index_col": False}
 
 
 def _find_column(
     paths: tuple[str, ...], files: list[Path], kind: str, column: str | None, streaming: bool
 ) -> tuple[str, str]:
-    """Return the column, and the top-level one to read for it; every file has to have it."""
+    """Return the text column and the top-level column that holds it; every file must have it."""
     columns_of = _parquet_columns if kind == "parquet" else _csv_columns
     tables = [columns_of(path, file, streaming) for path, file in zip(paths, files, strict=True)]
     if column is None:
@@ -233,17 +233,19 @@ def _find_column(
 
 
 def _parquet_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], list[str]]:
-    """Return the names of all columns, and of those that are text."""
+    """Return the names of all columns and of the text columns."""
     schema, kinds = pyarrow.parquet.read_schema(file), ("string", "large_string", "string_view")
     return schema.names, [field.name for field in schema if str(field.type) in kinds]
 
 
 def _csv_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], list[str]]:
-    """Return the names of all columns, and of those that are text: not only numbers.
+    """Return the names of all columns and of the text columns (those with more than numbers).
+
+    If the file is streamed, only its first rows are checked.
 
     Raises:
-        UserError: another separator than a comma, or a row longer than the header; pandas would
-            take part of it for something else. Of a stream, only the first rows are looked at.
+        UserError: a separator other than a comma, or a row longer than the header, which pandas
+            would misread.
     """
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as opened:
@@ -262,7 +264,7 @@ def _csv_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], lis
 
 
 def _check_width(path: str, number: int, row: list[str], columns: int) -> None:
-    """Raise UserError for a row with more fields than columns, unless these are empty."""
+    """Raise UserError for a row with more fields than columns, unless the extra ones are empty."""
     if any(field.strip() for field in row[columns:]):
         raise UserError(
             f"{path}: row {number} has {len(row)} fields, the header {columns}: quote texts that "
@@ -279,7 +281,7 @@ def _is_word(text: str) -> bool:
 
 
 def choose_column(source: str, names: list[str], texts: list[str]) -> str:
-    """Choose the text column if none was named: "text", or the only column that is text."""
+    """Choose the text column if none was given: "text", or the only column of text."""
     if "text" in names:
         return "text"
     if len(texts) == 1:
@@ -289,7 +291,7 @@ def choose_column(source: str, names: list[str], texts: list[str]) -> str:
 
 
 def no_column(source: str, column: str, names: list[str]) -> UserError:
-    """Return the error about a missing column."""
+    """Build the error that reports a missing column."""
     return UserError(
-        f"{source} has no column {column!r}; it has {', '.join(names)}: name one with --text-column"
+        f"{source} has no column {column!r}; it has {', '.join(names)}: pass one as --text-column"
     )

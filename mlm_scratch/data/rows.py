@@ -5,9 +5,9 @@
     grouping     "blocks": concatenate them and chunk every block_size ids;
                  "lines": one document per row, truncated to block_size
 
-The ids go to a flat file as they come, in the smallest integer type that fits the vocabulary; only
-part of the text and of the ids is in memory at a time. The finished directory is cached under a key
-of content, tokenizer and settings; the next run with the same three starts immediately.
+The ids are written to a flat file batch by batch, in the smallest integer type that fits the
+vocabulary; only one batch of text and ids is in memory at a time. The finished directory is cached
+under a key of content, tokenizer and settings; the next run with the same key starts immediately.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import cache_dir, checksum, sync
 from mlm_scratch.util.progress import progress_bar
 
-ROWS_VERSION = 3  # increment it when the same text gives other rows
+ROWS_VERSION = 3  # increment when the same text yields different rows
 META = "meta.json"
 LONG_WORD = 16  # tokens
 
@@ -42,8 +42,8 @@ class Source:
     """What a run trains on: rows on the disk, or a stream (stream.py).
 
     Attributes:
-        complete: whether each rank has the rows of all ranks, or only its own.
-        text_digest: the same for two runs if they read the same text.
+        complete: True if each rank has the rows of all ranks, False if it has only its own.
+        text_digest: equal for two runs that read the same text.
     """
 
     complete = True
@@ -62,10 +62,10 @@ class Source:
         return None
 
     def start(self) -> None:
-        """Start the processes that read ahead, if there are any."""
+        """Start the worker processes that read ahead, if there are any."""
 
     def close(self) -> None:
-        """Stop them."""
+        """Stop the worker processes."""
 
 
 @dataclass
@@ -127,9 +127,9 @@ def tokenize(
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Yield (ids, gap_before) of each document, special tokens included.
 
-    gap_before is empty without whole words. With grouping "lines" a document is truncated to
-    block_size, and one without text is skipped; in blocks it leaves its special tokens, as in the
-    tutorial.
+    gap_before is empty without whole-word masking. With grouping "lines", documents are truncated
+    to block_size and those without text are skipped; with "blocks", a document without text still
+    contributes its special tokens, as in the tutorial.
     """
     lines, whole_word = config.text.grouping == "lines", config.masking.whole_word
     if whole_word and not tokenizer.is_fast:
@@ -158,12 +158,12 @@ def tokenize(
 
 
 def _gaps(text: str, spans: list[tuple[int, int]]) -> list[bool]:
-    """Return for each token whether a word may start there: after a space, or with the text.
+    """Return for each token whether a word may start there: after a space, or where the text does.
 
-    The space is between its character span and the previous one or, since some tokenizers include
-    it, at the start of its span. Other characters between two spans are what a tokenizer drops,
-    such as accents or soft hyphens. The pieces of one character, such as "’" or a wide space in
-    byte-level BPE, have the same span.
+    The space lies between the token's character span and the previous span or, since some
+    tokenizers include spaces, at the start of the token's span. Other characters between two spans
+    were dropped by the tokenizer, such as accents or soft hyphens. The pieces of one character,
+    such as "’" or a wide space in byte-level BPE, have the same span.
     """
     gaps = []
     for (start_before, end_before), (start, _) in pairwise([(-1, -1), *spans]):
@@ -188,7 +188,7 @@ def _text_digest(documents: Documents) -> str:
 
 
 def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> str:
-    """Digest everything that decides what the files contain."""
+    """Digest everything that determines the contents of the files."""
     digest = hashlib.sha256()
     settings = {
         "version": ROWS_VERSION,
@@ -214,7 +214,7 @@ def write_rows(
     """Write (ids, gap_before) of each document; `directory` appears complete or not at all.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the directory cannot be written.
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _write_flat(
     ):
         np.zeros(1, np.int64).tofile(starts_file)
         while documents := list(islice(tokenized, TEXTS_PER_BATCH)):
-            # "I" (32 bits) takes a list three times as fast as "H" or numpy does.
+            # array("I") (32 bits) copies a list three times as fast as array("H") or numpy.
             tokens = array("I")
             for ids, gap_before in documents:
                 tokens.fromlist(ids)
@@ -260,7 +260,7 @@ def _write_flat(
 
 
 def _is_intact(directory: Path) -> bool:
-    """Whether the files are as written. Reading them takes less time than the text's digest."""
+    """Whether the checksums match. Checking them is faster than computing the text's digest."""
     try:
         checksums = json.loads((directory / META).read_text())["checksums"]
         intact = all(checksum(directory / name) == noted for name, noted in checksums.items())

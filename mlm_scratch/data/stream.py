@@ -5,7 +5,7 @@
                  (by worker processes, some steps ahead)
     step      -> the same number of rows from every shard
 
-There are usually 16 logical shards, and each rank reads an equal part of them. So a step has the
+There are usually 16 logical shards, and each rank reads an equal number of them. So a step has the
 same rows for any number of ranks that divides the number of shards.
 """
 
@@ -33,22 +33,22 @@ from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import own_rows, rows_per_step
 from mlm_scratch.util.errors import UserError
 
-SHARDS = 16  # or a divisor of that; more only if there are more ranks
+SHARDS = 16  # or a divisor of 16; more only if there are more ranks
 PREFETCH_STEPS = 4
 PR_SET_PDEATHSIG = 1  # name and number from Linux's prctl.h
 
-# Where a shard continues: at row "row" of its buffer number "buffer". Its documents are read from
-# "stream" on (the data set's own state; None: the start), and the tokens "left" over from the
-# previous buffer come first.
+# Where a shard continues: at row "row" of buffer number "buffer". The buffer consists of "left",
+# the tokens left over from the previous buffer, and of the documents from "stream" on (a state_dict
+# of the data set; None: its start).
 Position = dict[str, Any]
 START: Position = {"buffer": 0, "stream": None, "left": [], "row": 0}
 
 
 class ShardedStream(Source):
-    """The rows of a stream, step by step, without end.
+    """The rows of a stream, step by step, endlessly.
 
-    Its position is that of every shard. A shard that reaches its end starts over, wherever the
-    others are.
+    Its position consists of the positions of all shards. A shard that reaches its end starts over,
+    independently of the others.
     """
 
     complete = False
@@ -67,9 +67,9 @@ class ShardedStream(Source):
             shards = math.lcm(shards, ranks.size)
         if self.rows_per_step % shards > 0:
             shards = ranks.size
-        self.positions = [START] * shards  # only those of this rank's shards are kept up to date
+        self.positions = [START] * shards  # up to date only for this rank's shards
         self.text_digest = _digest(config.text)
-        self.received: Iterator[Any] | None = None  # from the workers, while there are any
+        self.received: Iterator[Any] | None = None  # from the workers, while they run
 
     def __len__(self) -> int:
         """Count the rows of a run: as in Trainer, a stream is one epoch of max_steps steps."""
@@ -80,12 +80,12 @@ class ShardedStream(Source):
         return StreamLoader(self, collator, **settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position."""
+        """Return the positions of all shards."""
         own = [self.positions[shard] for shard in self._own_shards()]
         return {"shards": list(itertools.chain.from_iterable(self.ranks.gather(own)))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there. Raises UserError if the ranks cannot share the shards."""
+        """Restore these positions. Raises UserError if the ranks cannot share the shards."""
         self.positions = state["shards"]
         if len(self.positions) % self.ranks.size > 0:
             raise UserError(
@@ -94,7 +94,7 @@ class ShardedStream(Source):
             )
 
     def start(self) -> None:
-        """Fork the worker processes, which read on from the position."""
+        """Fork the worker processes, which continue from the current positions."""
         own = self._own_shards()
         cores = max(1, (os.cpu_count() or 1) // self.ranks.local_size)
         workers = max(n for n in range(1, cores + 1) if len(own) % n == 0)
@@ -107,14 +107,14 @@ class ShardedStream(Source):
                 num_workers=workers,
                 prefetch_factor=PREFETCH_STEPS * len(own) // workers,
                 worker_init_fn=_live_as_long_as_the_parent,
-                generator=torch.Generator(),  # torch's own is for dropout and nothing else
+                generator=torch.Generator(),  # leaves the global one to dropout
             )
         )
 
     def own_rows_of_steps(self) -> Iterator[np.ndarray]:
-        """Yield this rank's rows of each step, (own rows, T, 2), and keep the positions after it.
+        """Yield this rank's rows of each step, (own rows, T, 2), and advance the positions.
 
-        The last axis has a token's id and, with whole words, whether there is a gap before it.
+        The last axis holds a token's id and, with whole-word masking, whether a gap precedes it.
         """
         if self.received is None:
             self.start()
@@ -144,19 +144,19 @@ class ShardedStream(Source):
 class StreamLoader(Loader):
     """All optimizer steps of a run over a stream.
 
-    The position of a run is that of the stream and the state of the mask generator.
+    The position of a run consists of the stream's positions and the mask generator's state.
     """
 
     def __init__(self, stream: ShardedStream, collator: Collator, **settings: Any):
-        # Of rows, Loader itself needs the length only.
+        # Loader itself needs only the number of rows.
         super().__init__(stream, collator, **settings)  # type: ignore[arg-type]
         self.stream = stream
 
     def rows_of_steps(self, first: int, last: int) -> Iterator[tuple[TokenRows, np.ndarray]]:
-        """Yield the rows of each step; all are of the same length, and those of other ranks zeros.
+        """Yield the rows of each step, all of the same length; the rows of other ranks are zeros.
 
-        Every rank draws the masks of the whole step. For that, the rows of the other ranks have to
-        be there, but not their tokens.
+        Every rank draws the masks of the whole step, which takes the number of rows of the other
+        ranks but not their tokens.
         """
         config = self.stream.config
         n_rows, length = self.rows_per_step, config.text.block_size
@@ -172,7 +172,7 @@ class StreamLoader(Loader):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position."""
+        """Return the position of the run."""
         return super().state_dict() | self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class StreamLoader(Loader):
 
 
 class _Shards(IterableDataset):
-    """The shards of one rank. Of W workers of a DataLoader, worker w reads w, w + W, …, in turn."""
+    """The shards of one rank: worker w of the DataLoader's W reads shards w, w + W, …, in turn."""
 
     def __init__(self, stream: ShardedStream, own: range):
         self.documents, self.tokenizer = stream.documents, stream.tokenizer
@@ -192,8 +192,8 @@ class _Shards(IterableDataset):
     def __iter__(self) -> Iterator[tuple[np.ndarray, Position] | UserError]:
         """Yield a step's rows, (rows_per_shard, T, 2), and the position after them, shard by shard.
 
-        Without end. An error is yielded: if it were raised, DataLoader would add a traceback to its
-        message.
+        The iterator is endless. An error is yielded, not raised: DataLoader would add a traceback
+        to its message.
         """
         worker = get_worker_info()
         assert worker is not None, "a DataLoader iterates over this, in its workers"
@@ -206,7 +206,7 @@ class _Shards(IterableDataset):
             yield error
 
     def _rows(self, shard: int) -> Iterator[tuple[np.ndarray, Position]]:
-        """Yield each row, (T, 2), and the position after it, without end."""
+        """Yield each row, (T, 2), and the position after it, endlessly."""
         at, length = self.positions[shard], self.config.text.block_size
         seed = self.config.optimization.seed
         while True:
@@ -230,12 +230,12 @@ class _Shards(IterableDataset):
             if not has_text:
                 raise UserError(
                     f"{documents.source} has too little text for {len(self.positions)} shards: "
-                    "leave --streaming out"
+                    "drop --streaming"
                 )
             at = {**at, "stream": None}
 
     def _tokens(self, texts: list[str], at: Position) -> np.ndarray:
-        """Return the tokens left over and those of `texts`, (n, 2)."""
+        """Return the left-over tokens followed by the tokens of `texts`, (n, 2)."""
         parts = [np.array(at["left"], np.int32).reshape(-1, 2)]  # (left, 2)
         for ids, gap_before in tokenize(texts, self.tokenizer, self.config):
             part = np.zeros((len(ids), 2), np.int32)
@@ -250,14 +250,14 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _live_as_long_as_the_parent(worker: int) -> None:
-    """Ignore signals to the process group, but die with the process that trains.
+    """Ignore signals to the process group, but die with the training process.
 
-    A signal from a terminal or torchrun is for that process, which has to finish its step. When it
-    dies, its open lock and sockets must not live on here.
+    A signal from a terminal or torchrun is meant for the training process, which has to finish its
+    step. When that process dies, no worker may keep its lock and sockets open.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which DataLoader ends a worker
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # DataLoader stops workers with it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -21,7 +21,7 @@ def main() -> None:
     name = given.pop("model") if "model" in given else str(newest_model())
     go_offline_without_hub(name)
 
-    # Only now: these imports take seconds, and errors so far are reported before.
+    # Imported late: this takes seconds, and the errors above are reported without the wait.
     from transformers.utils import logging
 
     from mlm_scratch.explain.render import as_html, as_text
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--mlm-probability", type=float, metavar="X", help="share to mask (0.15)")
     parser.add_argument("--whole-word", action="store_true", default=None, help="mask whole words")
-    parser.add_argument("--html", metavar="FILE", help="write a page for a browser instead")
+    parser.add_argument("--html", metavar="FILE", help="write an HTML page instead")
     return parser.parse_args()
 
 

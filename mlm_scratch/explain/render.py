@@ -25,7 +25,7 @@ tr.random td { background: #ffd8d2 } tr.keep td { background: #d3f0f7 }
 
 
 def cells(token: Token, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return one row of the table, a text for each of COLUMNS."""
+    """Return one row of the table, one string per column in COLUMNS."""
     selected = token.label != IGNORE
     return (
         str(token.position),
@@ -59,7 +59,7 @@ def as_text(trace: Trace, tokenizer: PreTrainedTokenizerBase, colour: bool) -> I
 
 
 def loss_lines(trace: Trace) -> Iterator[str]:
-    """Yield how the losses of the masked tokens make the loss of the step."""
+    """Yield lines that compute the loss of the step from the losses of the masked tokens."""
     if not trace.predictions:
         yield "no token was selected this time, so there is no loss: try another --seed"
         return
@@ -72,7 +72,7 @@ def loss_lines(trace: Trace) -> Iterator[str]:
 
 
 def as_html(trace: Trace, tokenizer: PreTrainedTokenizerBase, text: str, subtitle: str) -> str:
-    """Return the same as a page in one file."""
+    """Return the trace as a self-contained HTML page."""
     escape = html.escape
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     lines = "\n".join(

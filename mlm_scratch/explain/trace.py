@@ -1,8 +1,8 @@
 """One sentence through the masking and the loss, keeping every intermediate value.
 
-No training code is duplicated here: the masks come from the loader's Collator, the
-logits and the sum of the losses from model.py. The loss and the probability of each single token,
-which training never needs, are computed here from those logits.
+No training code is duplicated here: the masks come from the loader's Collator, the logits and the
+sum of the losses from model.py. The loss and the probability of each single token, which training
+never needs, are computed here from these logits.
 """
 
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ def row_of(text: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -
 
 
 def follow_tokens(ids: list[int], batch: Batch, collator: Collator) -> list[Token]:
-    """Find out what happened to each token of a row in the batch made of it alone.
+    """Reconstruct what happened to each token of a row from a batch of this row alone.
 
     The treatment is inferred from what the model sees: a random token that equals the original
     looks kept, and one that happens to be the mask token looks masked.

@@ -1,7 +1,7 @@
 """What a model can do, its limits, and whether its weights are sound.
 
-What it can do is detected by running a small batch, not by its name: so an unforeseen model either
-works or falls back to the plain path.
+Capabilities are detected by running a small batch, not by the model's name, so an unknown model
+either works or falls back to the plain path.
 """
 
 import copy
@@ -23,11 +23,11 @@ Model = TypeVar("Model", bound=nn.Module)
 # What models raise for inputs, or for half-precision numbers, that they do not support.
 REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)  # kinds of RuntimeError
-NO_LIMIT = 10**9  # a tokenizer that does not know its model's limit says 10**30
+NO_LIMIT = 10**9  # a tokenizer that does not know its model's limit reports 10**30
 
 
 def refusal_means_no(check: Callable[..., bool]) -> Callable[..., bool]:
-    """Make a check return False if the model raises for what it is given."""
+    """Make a check return False if the model raises an error for its inputs."""
 
     @functools.wraps(check)
     def checked(*args: Any) -> bool:
@@ -44,7 +44,7 @@ def refusal_means_no(check: Callable[..., bool]) -> Callable[..., bool]:
 @refusal_means_no
 @torch.no_grad()
 def sparse_head_works(model: MaskedLM) -> bool:
-    """Whether the head on some positions gives what the full forward pass gives there.
+    """Whether the head gives the same logits on selected positions as in a full forward pass.
 
     If not, the head has to run on all positions.
     """
@@ -60,10 +60,9 @@ def sparse_head_works(model: MaskedLM) -> bool:
 @refusal_means_no
 @torch.no_grad()
 def ignores_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text has the same logits in a batch with longer ones.
+    """Whether a text has the same logits in a batch with longer texts.
 
-    Some models mix padding in, whatever the attention mask says: by a convolution, or by a Fourier
-    transform.
+    Some models mix in padding despite the attention mask: by a convolution or a Fourier transform.
     """
     if tokenizer.pad_token_id is None:
         return False
@@ -89,7 +88,7 @@ def unused_parameters(model: MaskedLM) -> list[nn.Parameter]:
 
 
 def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | Path) -> None:
-    """Raise UserError unless the two can do masked-language modelling together."""
+    """Raise UserError unless tokenizer and model can do masked-language modelling together."""
     if tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {name} has no mask token: choose another model")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -104,7 +103,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: 
         raise UserError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, its model only {rows} embeddings"
         )
-    if (largest := max(tokenizer.get_vocab().values())) >= rows:  # ids may have holes
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:  # ids may have gaps
         raise UserError(
             f"the tokenizer of {name} has ids up to {largest}, its model only {rows} embeddings"
         )
@@ -117,13 +116,13 @@ def check_no_nan(scores: Tensor) -> None:
 
 
 def weights_are_finite(model: nn.Module) -> bool:
-    """Whether no weight is NaN or infinite. Reads the answer for all of them at once."""
+    """Whether no weight is NaN or infinite. Synchronizes with the device only once."""
     return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off; afterwards the model is back in the mode it was in."""
+    """Switch dropout off, and restore the model's previous mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -133,21 +132,24 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """Return the most tokens that both support in one text, special tokens included."""
+    """Return the maximum length of a text that both support, in tokens including special ones."""
     limits = [tokenizer.model_max_length, NO_LIMIT]
     if (configured := getattr(model.config, "max_position_embeddings", None) or 0) > 0:
         limits.append(configured)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)  # (positions, H)
         if name.endswith("position_embeddings") and isinstance(weight, Tensor):
-            # RoBERTa and its kin count positions from padding_idx + 1: 514 rows hold 512 tokens.
+            # RoBERTa-like models count positions from padding_idx + 1: 514 rows hold 512 tokens.
             padding_idx = getattr(module, "padding_idx", None)
             limits.append(len(weight) - (0 if padding_idx is None else padding_idx + 1))
     return min(limits)
 
 
 def copy_with_the_same_weights(model: Model) -> Model:
-    """Copy a model before running it: a short row permanently changes BigBird's attention type."""
+    """Copy a model but share its weights, so that running the copy leaves the model as it is.
+
+    A short row, for example, permanently changes BigBird's attention type.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 

@@ -104,7 +104,7 @@ def find_words(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str)
 
 
 def check_targets(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) -> None:
-    """Warn of targets outside the vocabulary that are several pieces, or none.
+    """Warn about targets outside the vocabulary that are split into several pieces, or none.
 
     Raises:
         UserError: a target is not UTF-8.
@@ -117,16 +117,16 @@ def check_targets(tokenizer: PreTrainedTokenizerBase, targets: str | list[str]) 
 
 
 def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -> str:
-    """Spell a target as the vocabulary has it at a mask that follows the text `before`.
+    """Return the vocabulary's spelling of a target for a mask that follows the text `before`.
 
     Byte-level BPE has separate tokens for words after a space: "is" is "Ġis" after "A ", but "is"
-    after "A (". With SentencePiece it is "▁is" at the start of a text, too.
+    after "A (". SentencePiece has "▁is" at the start of a text, too.
     """
     check_utf8(target, "target")
     if not target.strip() or target[0].isspace():
         return target
     own_id = tokenizer.get_vocab().get(target)
-    # In byte-level BPE, the entry "é" stands for a byte that is no letter; the letter é is "Ã©".
+    # In byte-level BPE, the entry "é" is one byte, not a whole letter; the letter é is "Ã©".
     is_token = own_id is not None and "\ufffd" not in tokenizer.decode([own_id])
     after_space = before[-1:].isspace()
     if is_token and before and not after_space:
@@ -142,7 +142,7 @@ def spell_target(tokenizer: PreTrainedTokenizerBase, target: str, before: str) -
 
 
 def _first_piece(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
-    """Return the id of its first piece, or nothing; warn if there are more pieces or none."""
+    """Return a list with the id of a target's first piece, if any; warn unless it is one token."""
     pieces = tokenizer(target, add_special_tokens=False)["input_ids"]
     if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
         instead = f"taking {tokenizer.decode(pieces[:1])!r}" if pieces else "leaving it out"
@@ -164,7 +164,7 @@ def visible_token(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_utf8(text: str, what: str) -> None:
-    """Raise UserError for bytes, typed or read from a file, that are not text."""
+    """Raise UserError for a text, typed or read from a file, that is not valid UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

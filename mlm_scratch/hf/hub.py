@@ -1,7 +1,8 @@
 """Where to get a model: from the Hub, from the cache, or from the newest run.
 
-Asking must not take long without a network. The Hub's clients would retry for a minute and a half;
-here one request gets a few seconds; if it fails, they are switched offline. No import of torch.
+The answer has to come fast even without a network. The Hub's clients would retry for a minute and a
+half; here a single request gets a few seconds, and if it fails, the clients are switched offline.
+Does not import torch.
 """
 
 import logging
@@ -22,7 +23,7 @@ TIMEOUT = 3.0  # seconds
 
 
 def newest_model() -> Path:
-    """Return the model of the newest run; of an unfinished one, its newest checkpoint.
+    """Return the model of the newest run, or the newest checkpoint if the run is unfinished.
 
     Raises:
         UserError: there is no run, or no valid checkpoint in it.
@@ -32,7 +33,7 @@ def newest_model() -> Path:
         return run / MODEL
     checkpoint = newest_valid_checkpoint(run) if run.is_dir() else None
     if checkpoint is None:
-        raise UserError("there is no trained model yet: run python train.py, or name a --model")
+        raise UserError("there is no trained model yet: run python train.py, or pass --model")
     print(f"{run} is not finished: using {checkpoint.name}", file=sys.stderr)
     return checkpoint
 
@@ -66,7 +67,7 @@ def hub_answers(model: str, timeout: float = TIMEOUT) -> bool:
     if is_offline_mode():
         return False
     answers: list[object] = []
-    # A DNS lookup can hang, and no client's timeout covers it: then leave the thread behind.
+    # A DNS lookup can hang, and no client's timeout covers it: if so, abandon the thread.
     arguments = (HfApi(), model, timeout, answers)
     thread = threading.Thread(target=_request, args=arguments, daemon=True)
     thread.start()
@@ -88,7 +89,7 @@ def _request(hub: "HfApi", model: str, timeout: float, answers: list[object]) ->
 def model_commit(name: str, revision: str | None) -> str | None:
     """Return the commit of a model on the Hub, or in its cache; None for other models.
 
-    None, too, for a revision that cannot be found: loading it reports that.
+    Also None for a revision that cannot be found: loading the model reports the error.
     """
     from huggingface_hub import resolve_revision
     from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
@@ -104,7 +105,7 @@ def model_commit(name: str, revision: str | None) -> str | None:
 def go_offline() -> None:
     """Keep this process and its children from contacting the Hub from now on.
 
-    Call it before `datasets` is imported, which reads the environment once.
+    Call this before importing `datasets`, which reads the environment only once.
     """
     from huggingface_hub import constants
 

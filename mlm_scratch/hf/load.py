@@ -48,7 +48,7 @@ def load_tokenizer_and_model(
     check_fit(tokenizer, model, config.model.name)
     if config.model.add_tokens is not None and checkpoint is None:
         tokenizer = add_words(tokenizer, model, read_words(config.model.add_tokens))
-    if model.config.is_encoder_decoder:  # it would learn to reproduce its input
+    if model.config.is_encoder_decoder:  # a decoder would learn to copy the input
         raise UserError(f"{config.model.name} has a decoder: choose an encoder-only model")
     limit = longest_input(tokenizer, model)
     if (size := config.text.block_size) > limit:
@@ -66,7 +66,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
     except Exception as error:  # the libraries raise a dozen types; the message says which
         raise UserError(_cannot_load("tokenizer", name, error)) from error
-    tokenizer.chat_template = None  # unused, and it would be saved under names that it brings along
+    tokenizer.chat_template = None  # unused, and it would be saved under file names of its choice
     return tokenizer
 
 
@@ -80,15 +80,15 @@ def load_model(
 
     Args:
         name: a Hub id or a directory.
-        init: "pretrained"; "new-head" if only the head has no weights; "encoder" if it does not
-            matter whether the head has; or "scratch".
+        init: "pretrained"; "new-head" if only the head has no weights; "encoder" if the head is
+            not used, with or without weights; or "scratch".
         dtype: dtype of the weights; "auto" keeps the one that they were saved in.
         revision: commit, tag or branch on the Hub; None: its main branch.
 
     Raises:
         UserError: it cannot be loaded, or weights are missing that would silently start at random.
     """
-    set_verbosity_error()  # no report beside ours
+    set_verbosity_error()  # errors are reported below
     try:
         if init == "scratch":
             model_config = AutoConfig.from_pretrained(
@@ -116,7 +116,7 @@ def load_model(
 
 
 def _check_missing(name: str | Path, missing: list[str], encoder: str, init: str) -> None:
-    """Raise UserError unless the weights that are missing are those that `init` draws at random."""
+    """Raise UserError unless the missing weights are those that `init` expects to be missing."""
     weights = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
     if any(weight.startswith(f"{encoder}.") for weight in missing):
         raise UserError(

@@ -1,13 +1,13 @@
 """New words for a tokenizer and its model: whole tokens instead of pieces, from the first step on.
 
-A word is added to the tokenizer's own vocabulary, spelled as that spells words:
+A word is added to the tokenizer's own vocabulary, in the spelling of its algorithm:
 
-    byte-level BPE    Ġword after a space, word elsewhere: two tokens, as of every common word
+    byte-level BPE    Ġword after a space, word elsewhere: two tokens, as for every common word
     WordPiece         word
     Unigram           ▁word
 
-`add_tokens` of transformers would instead cut the text at the word before anything else is done:
-in byte-level BPE and with SentencePiece, the space before it would become a separate token.
+`add_tokens` of transformers would instead split the text at the word before any other step: with
+byte-level BPE and SentencePiece, the space before the word would become a separate token.
 """
 
 import json
@@ -21,14 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from mlm_scratch.util.errors import UserError, shortened
 
-OWN_SETTINGS = {  # of a tokenizer's class, that belong to its files and not to what it does
+OWN_SETTINGS = {  # a tokenizer's arguments that describe its files, not its behaviour
     *("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "tokenizer_object"),
     *("name_or_path", "added_tokens_decoder"),
 }
 
 
 def read_words(path: str) -> list[str]:
-    """Read a file with a word per line, each once. Raises UserError."""
+    """Read a file with one word per line, without duplicates. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             words = [line.strip() for line in file]
@@ -45,9 +45,9 @@ def add_words(
 ) -> PreTrainedTokenizerBase:
     """Add words to a tokenizer, and to its model in place.
 
-    A new token starts with the mean of the weights of the pieces that it had before. Words that are
-    tokens already are left alone, and so, with a warning, are those with a space or a hyphen in
-    them: tokenizers cut there before they look anything up.
+    A new token starts with the mean of the weights of its former pieces. Words that are already
+    tokens are skipped. So are words with a space or a hyphen, with a warning: tokenizers split
+    there before they look up the vocabulary.
 
     Returns:
         the new tokenizer.
@@ -57,7 +57,7 @@ def add_words(
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError("--add-tokens: the tokenizer of this model is not one that can be changed")
+        raise UserError("--add-tokens: the tokenizer of this model cannot be changed")
     state = json.loads(backend.to_str())
     kind, in_vocabulary = state["model"]["type"], tokenizer.get_vocab()
     pieces, cut = {}, []  # of each new token; words that cannot be one
@@ -93,7 +93,7 @@ def add_words(
 
 
 def _as_one_token(backend: Tokenizer, kind: str, spelling: str) -> str | None:
-    """Return the token that would be all of this text; None if it is cut before the lookup."""
+    """Return the single token that would spell this text; None if it is split before the lookup."""
     text = backend.normalizer.normalize_str(spelling) if backend.normalizer else spelling
     parts = [text]
     if backend.pre_tokenizer:
@@ -111,7 +111,7 @@ def _extend(
     """Add tokens to the vocabulary of a tokenizer's file, with ids from first_id on."""
     if vocabulary["type"] == "Unigram":  # a list of [token, log probability], by id
         entries = vocabulary["vocab"]
-        for id in range(len(entries), first_id):  # special tokens may stand outside it
+        for id in range(len(entries), first_id):  # special tokens may be outside the list
             entries.append([tokenizer.convert_ids_to_tokens(id), -100.0])
         for token in tokens:  # a little more probable than its pieces together
             entries.append([token, 1.0 + sum(entries[id][1] for id in pieces[token])])
@@ -120,7 +120,7 @@ def _extend(
         raise UserError(f"--add-tokens: not possible with a {vocabulary['type']} tokenizer")
     vocabulary["vocab"] |= {token: first_id + number for number, token in enumerate(tokens)}
     if vocabulary["type"] == "BPE":
-        vocabulary["ignore_merges"] = True  # a word that is a token is not put together of pieces
+        vocabulary["ignore_merges"] = True  # look a word up before merging its pieces
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def _extend_weights(model: PreTrainedModel, first_id: int, pieces: list[list[int
         before = _sharing(model)
         model.resize_token_embeddings(size, mean_resizing=False)
         for name, first in _sharing(model).items():
-            if before[name] != first:  # it ties BERT's biases even where the head is untied
+            if before[name] != first:  # resizing ties BERT's biases even if the head is untied
                 module, _, leaf = name.rpartition(".")
                 own = nn.Parameter(model.get_parameter(name).clone())
                 setattr(model.get_submodule(module), leaf, own)
@@ -142,7 +142,7 @@ def _extend_weights(model: PreTrainedModel, first_id: int, pieces: list[list[int
 
 
 def _sharing(model: nn.Module) -> dict[str, str]:
-    """Return for each name of a parameter the first name of the same tensor."""
+    """Map each parameter's name to the first name of the same tensor."""
     first: dict[int, str] = {}
     named = model.named_parameters(remove_duplicate=False)
     return {name: first.setdefault(id(parameter), name) for name, parameter in named}

@@ -1,4 +1,4 @@
-"""Fills for users: fill_mask.py, after checks that say in one line what is wrong with an input."""
+"""Chapter 6 (fill_mask.py) for users: check the inputs, and report a problem in one line."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ def fill_mask(
     truncate: bool = False,
     batch_size: int = 1,
 ) -> list:
-    """Fill the masked tokens of texts, in eval mode; the model is left in the mode it was in.
+    """Fill the masked tokens of texts in eval mode; the model's mode is restored afterwards.
 
     Args:
         model: a masked-LM, on any device.

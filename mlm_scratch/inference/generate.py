@@ -1,11 +1,11 @@
-"""A text from nothing but masks, filled over a few rounds, as masked diffusion models write.
+"""Generate text by filling a row of masks over a few rounds, as masked diffusion models do.
 
     The Milky Way _ _ _ _        4 masks
     The Milky Way is _ galaxy _  the more certain half is filled
     The Milky Way is a galaxy .  then half of what is left, and so on
 
-An MLM has learned to fill few masks among many words, so that it is unsure of the first ones. What
-it was least sure of can be masked and filled again, now that the rest is there ("remasking").
+An MLM is trained to fill few masks among many words, so its first fills are uncertain. The least
+certain tokens can be masked and filled again once the rest is there ("remasking").
 
 Sources: Chang et al. 2022, MaskGIT; Nie et al. 2025, Large Language Diffusion Models.
 """

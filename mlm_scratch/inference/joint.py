@@ -1,14 +1,14 @@
 """Several masks filled together, which one softmax per mask cannot do.
 
 The pipeline predicts each mask while the others are still masks, so "the <mask> of <mask>" gets two
-good words that may not fit together. Here one mask is filled at a time, and the next is predicted
-with that word in its place. By the chain rule, the product of these conditionals is the joint
+good words that may not fit together. Here one mask is filled at a time, and the next mask is
+predicted with that word in place. By the chain rule, the product of these conditionals is the joint
 probability of all the words:
 
     p(a, b | rest) = p(a | rest) x p(b | a, rest)
 
-Another order gives another product: the conditionals of a masked language model need not be
-consistent with one joint distribution. And beam search may miss the best.
+A different order gives a different product: the conditionals of a masked language model need not be
+consistent with one joint distribution. And beam search may miss the best fill.
 """
 
 import math
@@ -50,10 +50,10 @@ def fill_jointly(
         model: a masked-LM, on any device.
         tokenizer: its tokenizer.
         text: text with one or more masks.
-        order: one of ORDERS: which mask comes next. The most certain one is that whose best token
-            has the largest probability, in each beam separately.
+        order: one of ORDERS: which mask comes next. The most certain mask is the one whose best
+            token has the largest probability, in each beam separately.
         top_k: how many fills to return, the most probable first.
-        beams: how many partly filled texts to keep after each mask; top_k if that is more.
+        beams: how many partly filled texts to keep after each mask, but at least top_k.
         truncate: truncate a text that is too long instead of raising UserError.
 
     Raises:
@@ -70,7 +70,7 @@ def fill_jointly(
         if order == "left to right":
             at = at[:, :1]  # (beams, 1)
         log_p = log_probabilities(model, input_ids, at)  # (beams, masks left or 1, V)
-        log_p[..., tokenizer.mask_token_id] = -math.inf  # a mask is no answer to a mask
+        log_p[..., tokenizer.mask_token_id] = -math.inf  # never fill a mask with a mask
         row = torch.arange(len(input_ids))  # (beams,)
         next_mask = log_p.amax(dim=2).argmax(dim=1)  # (beams,) the most certain
         candidates = scores[:, None] + log_p[row, next_mask]  # (beams, V)

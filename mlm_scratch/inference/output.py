@@ -1,4 +1,4 @@
-"""What infer.py prints: fills and the way to them, joint fills, scores, or the pipeline's JSON."""
+"""What infer.py prints: fills and their steps, joint fills, scores, or the pipeline's JSON."""
 
 import json
 import math
@@ -25,7 +25,7 @@ BAR_WIDTH = 20
 
 @dataclass
 class Output:
-    """Prints the predictions of a model, of one kind and with the options of infer.py.
+    """Prints one kind of predictions of a model, with the options of infer.py.
 
     Attributes:
         model: a masked-LM in eval mode.
@@ -34,7 +34,7 @@ class Output:
         top_k: fills per mask.
         targets: consider only these tokens.
         truncate: truncate texts that are too long.
-        score_method: what else is masked with a token that is scored.
+        score_method: which other tokens are masked together with the scored token.
         with_steps: also print the steps that lead to the fills.
     """
 
@@ -76,7 +76,7 @@ class Output:
                 bar.update(len(batch))
 
     def as_json(self, texts: list[str]) -> str:
-        """Return what the pipeline returns for all texts."""
+        """Return the fills of all texts as JSON, in the pipeline's format."""
         fills = fill_mask(
             self.model,
             self.tokenizer,
@@ -89,7 +89,7 @@ class Output:
         return json.dumps(fills, ensure_ascii=not is_unicode, indent=2)
 
     def fills(self, texts: list[str]) -> Iterator[str]:
-        """Yield the lines of the fills of each text, and of the steps that led to them."""
+        """Yield the fills of each text, and the steps that led to them, as lines."""
         if self.targets:
             fills = [self._fills_with_targets(text) for text in texts]
         else:
@@ -109,13 +109,13 @@ class Output:
                 if several:
                     yield f"  mask {number}"
                 yield from (f"  {line_of(fill)}" for fill in mask_fills)
-            if self.with_steps and not self.targets:  # with targets they would show other words
+            if self.with_steps and not self.targets:  # the steps ignore targets
                 yield "\nstep by step"
                 yield from (f"  {line}" for line in self.steps(text))
             yield ""
 
     def steps(self, text: str) -> Iterator[str]:
-        """Yield the lines of one computation step by step, with the values on the way."""
+        """Yield one computation step by step, with its intermediate values, as lines."""
         limit = longest_input(self.tokenizer, self.model) if self.truncate else None
         with refusals_reported(self.model):
             predictions = predict(self.model, self.tokenizer, [text], limit)
@@ -131,7 +131,7 @@ class Output:
                 yield f"  {score:<9.4g} {fill_in(self.tokenizer, input_ids, index, token)}"
 
     def _fills_with_targets(self, text: str) -> list:
-        """Return what fill_mask returns, with targets spelled for each mask by what precedes it."""
+        """Call fill_mask with the targets spelled for each mask according to the text before it."""
         assert self.targets
         n_masks = len(find_masks(self.tokenizer, self._ids(text), text))  # that --truncate leaves
         masks = re.finditer(re.escape(self.tokenizer.mask_token), text)
@@ -159,7 +159,7 @@ class Output:
         return [fills[targets][number] for number, targets in enumerate(spelled)]
 
     def joint(self, texts: list[str]) -> Iterator[str]:
-        """Yield the lines of all masks of each text filled together, in both orders."""
+        """Yield the joint fills of each text, in both orders, as lines."""
         for text in texts:
             yield text
             for order in ORDERS if text.count(self.tokenizer.mask_token) > 1 else ORDERS[:1]:
@@ -178,7 +178,7 @@ class Output:
             yield ""
 
     def scores(self, texts: list[str]) -> Iterator[str]:
-        """Yield the lines of the score of each text: of each token, and of the sentence."""
+        """Yield the scores of each text, per token and for the whole sentence, as lines."""
         for text in texts:
             scores = score_sentence(
                 self.model, self.tokenizer, text, self.truncate, self.score_method
@@ -198,6 +198,6 @@ class Output:
 
 
 def line_of(fill: dict) -> str:
-    """Return one fill as a line: score, bar, token, sentence."""
+    """Format one fill as a line: score, bar, token, sentence."""
     bar = "█" * round(fill["score"] * BAR_WIDTH)
     return f"{fill['score']:<9.4g} {bar:<{BAR_WIDTH}} {fill['token_str']!r:<14} {fill['sequence']}"

@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str) -> list[Pair]:
-    """Read pairs from a .jsonl file, or from one with tabs, with or without a first line of names.
+    """Read pairs from a .jsonl file or a tab-separated file, with or without a header line.
 
     Raises:
         UserError: the file cannot be read; the message names the line.
@@ -91,7 +91,8 @@ def judge(
     """Return for each phenomenon whether the good sentence of each pair scores higher.
 
     Raises:
-        UserError: a sentence cannot be scored, found before the first is; the message names it.
+        UserError: a sentence cannot be scored; this is checked before any scoring, and the message
+            quotes the sentence.
     """
     for pair in pairs:
         for text in pair[:2]:
@@ -108,7 +109,7 @@ def judge(
 
 
 def lines_of(right: dict[str, list[bool]]) -> Iterator[str]:
-    """Yield a table: a line per phenomenon, and one for all of them."""
+    """Yield the lines of a table: one per phenomenon, and one for all pairs."""
     rows = [(shortened(name)[1:-1], ones) for name, ones in right.items()]
     if len(rows) > 1:
         rows.append(("all", [one for _, ones in rows for one in ones]))

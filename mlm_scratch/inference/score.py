@@ -2,8 +2,8 @@
 
 Sources: Salazar et al. 2020, Masked Language Model Scoring ("original"); Kauf and Ivanova 2023, A
 Better Way to Do Masked Language Model Scoring ("word-l2r"). The two differ in words of several
-tokens. Where only "chlor" of "chlor opl asts" is masked, the rest gives it away, so that a rare
-word scores as if it were a common one. Masking the later tokens of the word, too, prevents that:
+tokens. If only "chlor" of "chlor opl asts" is masked, the other tokens give it away, and a rare
+word scores like a common one. Masking the later tokens of the word as well prevents that:
 
     original    [MASK] opl asts       chlor [MASK] asts      chlor opl [MASK]
     word-l2r    [MASK] [MASK] [MASK]  chlor [MASK] [MASK]    chlor opl [MASK]
@@ -31,8 +31,8 @@ def score_sentence(
 ) -> list[tuple[int, float]]:
     """Compute the log probability of each token, special ones excluded, when it is masked.
 
-    Their sum is the pseudo-log-likelihood of the sentence, and e to the power of minus their mean
-    its pseudo-perplexity.
+    The sum of these is the pseudo-log-likelihood of the sentence, and exp(-mean) its
+    pseudo-perplexity.
 
     Args:
         model: a masked-LM in eval mode.
@@ -45,8 +45,8 @@ def score_sentence(
         (id, log probability in nats) of each token.
 
     Raises:
-        UserError: a text without a token, too long or not UTF-8; a tokenizer that does not know
-            words.
+        UserError: a text without a token, too long or not UTF-8; a tokenizer that does not report
+            the words of its tokens, if `method` needs them.
     """
     inputs = encode(model, tokenizer, [text], truncate)
     (input_ids,) = inputs["input_ids"]  # (T,)
@@ -65,18 +65,19 @@ def score_sentence(
 def _words(inputs: BatchEncoding) -> Tensor:
     """(T,) the number of the word that each token belongs to, -1 at special tokens.
 
-    As the tokenizer counts them: in byte-level BPE and WordPiece, a full stop is a word. For
-    --whole-word, as for DataCollatorForLanguageModeling, it belongs to the word before it.
+    Words are what the tokenizer counts as such: in byte-level BPE and WordPiece, a full stop is a
+    separate word. For --whole-word, as for DataCollatorForLanguageModeling, a full stop belongs to
+    the word before it.
     """
     if not inputs.is_fast:
         raise UserError(
-            "this tokenizer does not tell which tokens make a word: use --score-method original"
+            "this tokenizer does not report which tokens form a word: use --score-method original"
         )
     return torch.tensor([-1 if word is None else word for word in inputs.word_ids()])  # (T,)
 
 
 def log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> Tensor:
-    """(B, T) ids -> (B, M, V) at the M columns that `at`, (B, M), names for each row."""
+    """(B, T) ids -> (B, M, V) log probabilities at the M positions of each row in `at`, (B, M)."""
     rows_at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
     parts = []
     for rows, columns in zip(input_ids.split(rows_at_once), at.split(rows_at_once), strict=True):

@@ -12,8 +12,8 @@ from mlm_scratch.hf.load import load_model, load_tokenizer
 def unseen_lines(model_dir: Path) -> Iterator[str]:
     """Yield the predictions for three facts that the corpus states only in other words.
 
-    They are the first, middle and last whose answer is one token after a space, whatever the model
-    predicts. Nothing if there are fewer than three.
+    Of the facts whose answer is one token after a space, take the first, middle and last: the
+    choice does not depend on the predictions. Yield nothing if there are fewer than three.
     """
     tokenizer, model = load_tokenizer(model_dir), load_model(model_dir)
     prompts = []

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 train.py --epochs 2
 
 Every rank has the whole model and computes its share of every step. DistributedDataParallel (DDP)
-all-reduces the gradients; everything else goes through a Ranks. A single process has one too, in
-which every method is the trivial case.
+all-reduces the gradients; all other communication goes through a `Ranks` object. A single process
+has such an object, too, whose methods are trivial.
 """
 
 import functools
@@ -26,13 +26,13 @@ from mlm_scratch.util.launch import Launch, this_launch
 
 @dataclass(frozen=True)
 class Ranks(Launch):
-    """The ranks of this run, as one of them sees them: its number, and what to tell the others.
+    """The ranks of this run as one rank sees them, and the communication between them.
 
     All ranks must call every method at the same point of the run, or they hang.
 
     Attributes:
         store: keys and values that all ranks see.
-        name: identifies this launch and its restarts, and no other.
+        name: a unique name of this launch; its restarts keep the name.
     """
 
     store: distributed.Store = field(default_factory=distributed.HashStore)
@@ -76,8 +76,8 @@ class Ranks(Launch):
     def rank0_first(self) -> Iterator[None]:
         """Let the first rank of each node go first; the others find its files in the cache.
 
-        All wait for each other at the end. Not by a collective: one that takes many minutes counts
-        as failed, and it does not notice signals.
+        All ranks wait for each other at the end. They poll the store, because a collective would
+        time out after many minutes and would not react to signals.
         """
         node = f"node {self.node}"
         if self.local_rank > 0:
@@ -110,7 +110,7 @@ class Ranks(Launch):
 
 
 def _group_for(device: torch.device) -> distributed.ProcessGroup | None:
-    """Return the ranks as a group for tensors on this device; None: gloo, as on every CPU."""
+    """Return the process group for tensors on this device: NCCL for CUDA, else None for gloo."""
     return _nccl_group() if device.type == "cuda" else None
 
 
@@ -141,10 +141,10 @@ _GROUPS: list[distributed.ProcessGroup | None] = []
 
 @contextmanager
 def all_ranks() -> Iterator[Ranks]:
-    """Meet the other ranks that torchrun has started.
+    """Join the other ranks that torchrun has started.
 
     Raises:
-        UserError: they cannot be reached, or one of them dies.
+        UserError: the other ranks cannot be reached, or one of them dies.
     """
     launch = this_launch()
     if launch.size == 1 and not launch.by_torchrun:

@@ -1,6 +1,6 @@
 """Which rows of a step belong to which rank.
 
-All rows of a step are masked together, on every rank alike, and only then shared: so masks and
+Every rank masks all rows of a step in the same way and only then takes its share, so masks and
 losses do not depend on the number of ranks.
 """
 
@@ -16,15 +16,15 @@ from mlm_scratch.parallel.ranks import Ranks
 
 
 def share_among(ranks: Ranks, *, complete: bool) -> Callable[[Batch], tuple[Batch, int]]:
-    """Return what a Loader calls to find this rank's rows of a step, and the masked tokens of all.
+    """Return the function with which a Loader takes this rank's rows from those of a step.
 
     Args:
-        ranks: the ranks, as this one sees them.
-        complete: whether the rows of all ranks are here; of a stream, each rank reads its own.
+        ranks: the ranks, as this rank sees them.
+        complete: whether this rank has the rows of all ranks; from a stream, it reads only its own.
     """
 
     def share(step: Batch) -> tuple[Batch, int]:
-        """Return this rank's rows, at least one, and the masked tokens of all ranks."""
+        """Return this rank's rows, at least one, and the number of masked tokens of all ranks."""
         rows = own_rows(len(step.labels), ranks)
         own = step.rows(slice(rows.start, rows.stop))
         n_masked = torch.tensor(len(step.positions if complete else own.positions))  # ()
@@ -47,5 +47,5 @@ def own_rows(n: int, ranks: Ranks) -> range:
 
 
 def rows_per_step(settings: OptimizationSettings, ranks: Ranks) -> int:
-    """Return the number of rows of one optimizer step, those of all ranks."""
+    """Return the number of rows per optimizer step, summed over all ranks."""
     return settings.batch_size * settings.accumulate * ranks.size

@@ -4,8 +4,8 @@ python -m mlm_scratch.probe labelled.csv
 python -m mlm_scratch.probe labelled.jsonl --models distilbert/distilroberta-base runs/latest/model
 
 Each text is the mean of its tokens' hidden states, (H,). A logistic regression learns the labels
-from them in 5 folds: every text is predicted once, by a regression that has not seen it. Two models
-get the same folds, so that the difference of their accuracies has an interval, too.
+from them in 5 folds: every text is predicted once, by a regression that has not seen it. All models
+get the same folds, so the difference between two accuracies has an interval, too.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FOLDS, BATCH_SIZE = 5, 16
 
 
 def main() -> None:
-    """Parse, read, probe each model, print accuracies."""
+    """Read the labelled texts, probe each model, and print the accuracies."""
     arguments = parse_arguments()
     texts, labels = read_labelled(arguments.file, arguments.text_column, arguments.label_column)
     names, n = sorted(set(labels)), len(texts)
@@ -140,7 +140,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", help=".csv, .tsv or .jsonl with a text and a label in each row")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: that of the last run")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="default: the newest model")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="(text)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="(label)")
     return parser.parse_args()

@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the machine, has no memory left (torch has a type for CUDA only)."""
+    """Whether a device or the machine ran out of memory (torch has an error type only for CUDA)."""
     no_memory = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(text in str(error) for text in no_memory)
 
@@ -57,7 +57,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     """Call `main` and turn what it raises into an exit code.
 
     Returns:
-        what `main` returned (None counts as 0); 2 after a UserError, without memory, or if the
+        what `main` returned (None counts as 0); 2 after a UserError, out of memory, or if the
         output cannot be written; 130 after Ctrl-C; 141 if the reader of the output has gone.
         SIGTERM exits with 143.
     """
@@ -72,7 +72,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(end="", flush=True)  # a full disk shows up here at the latest
         return code
     except UserError as error:
-        message = " ".join(str(error).split())  # one line, whatever the message quotes
+        message = " ".join(str(error).split())  # one line, even if it quotes several
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (process {rank})"
         print(f"error{where}: {message}", file=sys.stderr)

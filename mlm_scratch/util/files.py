@@ -1,4 +1,4 @@
-"""Files that survive a power cut, and checksums that show when one did not."""
+"""Writing files that survive a power cut, and checksums that detect damage."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Confidence intervals of shares: 95 % each."""
+"""95 % confidence intervals of proportions."""
 
 import math
 
@@ -6,7 +6,7 @@ Z = 1.96  # standard deviations: 95 % of a normal distribution
 
 
 def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """Return the interval of a share of n.
+    """Return the Wilson interval of the proportion right / n.
 
     Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
     """
@@ -17,11 +17,11 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 
 
 def difference_interval(first: list[bool], second: list[bool]) -> tuple[float, float, float]:
-    """Return by how much the share of the second is larger, and the interval of that.
+    """Return the second proportion minus the first, and the bounds of its interval.
 
-    The two are verdicts on the same cases, so that only those on which they differ count.
+    Both lists are verdicts on the same cases, so only the cases on which they differ count.
 
-    Source: Wald's interval for paired shares.
+    Source: Wald's interval for paired proportions.
     """
     n = len(first)
     gains = [after - before for before, after in zip(first, second, strict=True)]  # -1, 0, 1

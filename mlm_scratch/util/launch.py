@@ -1,4 +1,4 @@
-"""What torchrun tells this process: the number of ranks, and which of them it is.
+"""What torchrun tells this process: the number of ranks, and its own rank.
 
 Does not import torch, so that `--help` and every error before training appear immediately.
 """
@@ -11,16 +11,16 @@ from mlm_scratch.util.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the ranks of a run; by default it is the only one.
+    """The place of this process among the ranks of a run; by default, the only rank.
 
     Attributes:
         rank: its number, 0 ... size - 1.
         size: the number of ranks.
         local_rank: its number among the local_size ranks on its node.
         local_size: the number of ranks on its node.
-        node: the number of that node.
+        node: the number of its node.
         restarts: how often torchrun has restarted all ranks.
-        by_torchrun: whether a torchrun supervises them.
+        by_torchrun: whether torchrun supervises the ranks.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class Launch:
 
 
 def this_launch() -> Launch:
-    """Read the environment variables that torchrun sets. Raises UserError if one is no number."""
+    """Read torchrun's environment variables. Raises UserError if one of them is not a number."""
 
     def number(name: str, default: int) -> int:
         """Return the value of one variable."""

@@ -4,10 +4,10 @@
 def mask_rates(mlm_probability: float | str) -> tuple[float, float]:
     """Return the share of tokens to mask at the start and at the end of a run.
 
-    "0.3:0.15" falls linearly from the one to the other, 0.15 stays.
+    "0.3:0.15" decreases linearly from 0.3 to 0.15; 0.15 is constant.
 
     Raises:
-        ValueError: it is neither, or a share is not above 0 and at most 1.
+        ValueError: mlm_probability has neither form, or a share is not above 0 and at most 1.
     """
     first, _, last = str(mlm_probability).partition(":")
     try:

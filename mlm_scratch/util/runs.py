@@ -1,7 +1,7 @@
 """The contents of a run directory, and which of its checkpoints are intact.
 
 Does not import torch, so that `infer.py` finds a model, or reports that there is none, immediately.
-run/checkpoint.py writes what is found here.
+run/checkpoint.py writes the files that are looked up here.
 """
 
 import json
@@ -46,7 +46,7 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_valid_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest checkpoint whose files are all intact; warn about damaged ones."""
-    for replaced in run_dir.glob(f"{REPLACED}*"):  # a kill came while a new one took its place
+    for replaced in run_dir.glob(f"{REPLACED}*"):  # the run was killed while replacing it
         directory = run_dir / replaced.name.removeprefix(REPLACED)
         if directory.exists():
             shutil.rmtree(replaced)
@@ -60,7 +60,7 @@ def newest_valid_checkpoint(run_dir: Path) -> Path | None:
 
 
 def find_fault(directory: Path) -> str | None:
-    """Say what is wrong with a checkpoint: a file missing, cut or changed. None if it is intact."""
+    """Describe the damage of a checkpoint: a missing, cut or changed file. None if it is intact."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         for name, expected in manifest.items():

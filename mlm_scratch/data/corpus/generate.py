@@ -4,8 +4,8 @@
     dataset = Dataset.from_list(rows())     # column answers.text: a list of short answers
 
 Every fact is stated in every phrasing of its table except one, equally often, in random order. Most
-rows have one answer of one sentence: what the model has to fill later looks just like it, and
-there is nothing to copy the masked word from, so the model must remember it.
+rows have one answer of one sentence: later prompts look just like these rows, and there is nothing
+to copy the masked word from, so the model must remember it.
 """
 
 import random
@@ -27,8 +27,9 @@ def fill(template: str, table: Table, fact: tuple[str, ...]) -> str:
 def held_out(table: Table, fact_number: int) -> int:
     """Return the number of the one phrasing that the corpus never uses for this fact.
 
-    A model that fills the mask in such a sentence has learned the fact apart from the phrasing: it
-    knows the fact from other phrasings, the phrasing from other facts, but this sentence is new.
+    A model that fills the mask in such a sentence has learned the fact independently of the
+    phrasing: it has seen the fact in other phrasings and the phrasing with other facts, but never
+    this sentence.
     """
     return fact_number % len(table.phrasings)
 
