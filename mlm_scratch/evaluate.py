@@ -19,6 +19,7 @@ from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
+from mlm_scratch.speed.cross_entropy import cross_entropy_sum
 from mlm_scratch.util.progress import progress_bar
 
 
@@ -68,7 +69,7 @@ def evaluate(
             with precision.autocast():
                 logits, labels = model.masked_logits(batch.to(device))  # (N, V), (N,)
             correct = (logits.argmax(dim=1) == labels).sum()  # ()
-            sums.append(torch.stack([model.loss(logits, labels), correct]))  # (2,)
+            sums.append(torch.stack([cross_entropy_sum(logits, labels), correct]))  # (2,)
     totals = torch.zeros(2, dtype=torch.float64)  # added up on the CPU: not every GPU has fp64
     for batch_sums in torch.stack(sums).cpu() if sums else ():
         totals += batch_sums

@@ -53,7 +53,7 @@ def train_step(
         nats per masked token, counts this process's rows only: those of all processes add up. The
         norm is measured before clipping.
     """
-    scale = scaler.get_scale()  # no wait: the device has nothing to do yet
+    scale = scaler.get_scale()  # hardly a wait: nothing to compute is queued yet
     loss = compute_gradients(model, scaler, step.batches, max(step.n_masked, 1), autocast)  # ()
     if step.n_masked == 0:  # gradients are 0, but AdamW would still apply momentum and decay
         optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """evaluate(): fixed masks, every masked token counts once, training is left as it was."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def rows():
 
 @pytest.mark.parametrize("dense_head", [False, True])
 def test_the_mean_is_over_tokens_not_batches(model, rows, dense_head):
-    result = evaluate(model, TOKENIZER, rows, changed(CONFIG, dense_head=dense_head), CPU)
+    model.dense_head = dense_head
+    result = evaluate(model, TOKENIZER, rows, CONFIG, CPU)
     collator = Collator(TOKENIZER, **CONFIG.masking.of_collator())
     losses, hits = [], []
     model.eval()
@@ -76,3 +78,9 @@ def test_train_mode_is_restored_after_an_error(model, rows):
     with pytest.raises(IndexError):
         evaluate(model, TOKENIZER, rows, CONFIG, CPU)
     assert model.training
+
+
+def test_another_loss_in_training_leaves_perplexity_what_it_is(model, rows):
+    expected = evaluate(model, TOKENIZER, rows, CONFIG, CPU)
+    smoothed = partial(cross_entropy, reduction="sum", label_smoothing=0.2)
+    assert evaluate(MaskedLM(model.hf_model, smoothed), TOKENIZER, rows, CONFIG, CPU) == expected

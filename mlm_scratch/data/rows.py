@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
@@ -200,12 +201,23 @@ def _cache_key(text_digest: str, tokenizer: PreTrainedTokenizerBase, config: Tra
     }
     digest.update(json.dumps(settings).encode())
     if tokenizer.is_fast:
-        left_over = {"truncation": None, "padding": None}  # from the last call
-        state = json.loads(tokenizer.backend_tokenizer.to_str()) | left_over
-        digest.update(json.dumps(state).encode())
+        digest.update(_as_loaded(tokenizer.backend_tokenizer).encode())
     else:
         digest.update(json.dumps([repr(tokenizer), sorted(tokenizer.get_vocab().items())]).encode())
     return digest.hexdigest()[:32]
+
+
+def _as_loaded(backend: Tokenizer) -> str:
+    """Serialize a tokenizer without the truncation and padding of its last call, which it keeps."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    serialized = backend.to_str()
+    if truncation is not None:
+        backend.enable_truncation(**truncation)
+    if padding is not None:
+        backend.enable_padding(**padding)
+    return str(serialized)
 
 
 def write_rows(

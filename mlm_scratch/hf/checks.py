@@ -31,6 +31,7 @@ def refusal_means_no(check: Callable[..., bool]) -> Callable[..., bool]:
 
     @functools.wraps(check)
     def checked(*args: Any) -> bool:
+        """Run the check."""
         try:
             return check(*args)
         except DEVICE_ERRORS:

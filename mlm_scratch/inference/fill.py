@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch import fill_mask as chapter
-from mlm_scratch.hf.checks import in_eval_mode, longest_input
+from mlm_scratch.hf.checks import longest_input
 from mlm_scratch.hf.encode import check_targets, encode, find_masks, refusals_reported
 
 
@@ -37,7 +37,7 @@ def fill_mask(
         find_masks(tokenizer, input_ids, text)
     if targets is not None:
         check_targets(tokenizer, targets)
-    with in_eval_mode(model), refusals_reported(model):
+    with refusals_reported(model):
         return chapter.fill_mask(
             model,
             tokenizer,

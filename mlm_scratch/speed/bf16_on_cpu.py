@@ -11,7 +11,7 @@ import torch
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.speed.checks import bf16_works
 
-UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # torch's names, and everybody's
+UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}  # torch's names: the common ones
 WIDE_ENOUGH = 256  # hidden size
 
 

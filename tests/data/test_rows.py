@@ -172,3 +172,16 @@ def test_a_text_without_spaces_is_warned_of(tmp_path, capsys):
         settings = text_config(tmp_path / "a.txt", whole_word=True, grouping="lines")
         prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
         assert ("most words of the text have more than 16" in capsys.readouterr().err) == warned
+
+
+def test_looking_into_the_cache_leaves_the_tokenizer_as_it_is(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    write_text(tmp_path / "a.txt", ["kept as it is", *SENTENCES])
+    settings = text_config(tmp_path / "a.txt", block_size=8)
+    documents, _ = load_documents(settings)
+    rows = prepare_rows(documents, tokenizer, settings)
+    tokenizer.backend_tokenizer.enable_truncation(5)
+    tokenizer.backend_tokenizer.enable_padding(pad_id=1)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert np.array_equal(prepare_rows(documents, tokenizer, settings).tokens, rows.tokens)
+    assert tokenizer.backend_tokenizer.to_str() == before
