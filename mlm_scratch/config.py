@@ -10,7 +10,6 @@ from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
 
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.probabilities import mask_rates
 
 # As a model: a small encoder, with a tokenizer trained on the run's own text.
 # As a data set: the corpus that comes with this package.
@@ -160,9 +159,9 @@ class TextSettings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.train_file and self.dataset is None:
-            raise UserError("there is nothing to train on: name a --dataset or a --train-file")
+            raise UserError("there is nothing to train on: pass --dataset or --train-file")
         if self.dataset_revision and self.is_local:
-            raise UserError("--dataset-revision names one of a --dataset on the Hub")
+            raise UserError("--dataset-revision goes with a --dataset on the Hub only")
         if self.streaming and self.grouping != "blocks":
             raise UserError("--streaming chunks the stream into blocks: use --grouping blocks")
 
@@ -194,20 +193,31 @@ class MaskingSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            mask_rates(self.mlm_probability)
-        except ValueError as error:
-            raise UserError(str(error).replace("mlm_probability", "--mlm-probability")) from error
+        for rate in self.rates:
+            if not 0 < rate <= 1:
+                raise UserError(f"--mlm-probability must be above 0 and at most 1, got {rate}")
         if self.mask_replace_prob + self.random_replace_prob > 1:
             raise UserError(
                 f"--mask-replace-prob {self.mask_replace_prob} and --random-replace-prob "
                 f"{self.random_replace_prob} add up to more than 1"
             )
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The shares of tokens to mask at the first and at the last step of a run."""
+        first, _, last = str(self.mlm_probability).partition(":")
+        try:
+            return float(first), float(last or first)
+        except ValueError as error:
+            raise UserError(
+                "--mlm-probability must be a share, or two as in 0.3:0.15, got "
+                f"{self.mlm_probability!r}"
+            ) from error
+
     def of_collator(self) -> dict[str, Any]:
         """Return the arguments of a Collator, except its seed."""
         return {
-            "mask_rates": mask_rates(self.mlm_probability),
+            "mask_rates": self.rates,
             "mask_replace_prob": self.mask_replace_prob,
             "random_replace_prob": self.random_replace_prob,
         }
@@ -358,7 +368,7 @@ class OutputSettings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.output_dir == "":
-            raise UserError("--output-dir is empty: name a directory, or leave it out")
+            raise UserError("--output-dir is empty: pass a directory, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -383,7 +393,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         text, evaluation = self.text, self.evaluation
         if evaluation.eval_split is not None and text.is_local:
-            raise UserError("--eval-split names a split of a --dataset: use --eval-file")
+            raise UserError("--eval-split goes with a --dataset: use --eval-file")
         if text.streaming and self.optimization.max_steps is None:
             raise UserError("--streaming needs --max-steps: a stream has no known length")
         if text.streaming and evaluation.eval_fraction and not evaluation.eval_file:
@@ -466,11 +476,11 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
         UserError: settings that contradict each other.
     """
     if "dataset" in given and "train_file" in given:
-        raise UserError("--dataset and --train-file contradict each other: name one")
+        raise UserError("--dataset and --train-file contradict each other: use one of them")
     evaluated = [name for name in ("eval_file", "eval_split", "eval_fraction") if name in given]
     if len(evaluated) > 1:
         flags = " and ".join(map(_flag, evaluated))
-        raise UserError(f"{flags} contradict each other: name one")
+        raise UserError(f"{flags} contradict each other: use one of them")
     implied: dict[str, Any] = {}
     if given.get("model", BUNDLED) != BUNDLED:
         implied["init"] = "pretrained"

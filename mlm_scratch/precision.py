@@ -98,7 +98,7 @@ def _choose_device(name: str, launch: Launch) -> torch.device:
             raise RuntimeError(f"only cpu, {' and '.join(ACCELERATORS)} are supported")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise RuntimeError("torch finds no Apple GPU")
-        # Memory alone is to be had on a GPU that this torch has no kernels for, so run one.
+        # A GPU that this torch has no kernels for still gives out memory, so run a kernel.
         (torch.ones(2, device=device) + 1).tolist()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # the GPU that NCCL and new tensors use

@@ -33,7 +33,7 @@ def test_train_then_fill(files, call):
     assert str(tokenizer(MILKY_WAY)["input_ids"]) in out
     assert out.count("The Milky Way is a") > 10  # the text, 5 fills, 5 step by step
     code, _, err = call(infer, "--model", "runs/latest", MILKY_WAY)
-    assert code == 2 and "name runs/latest/model, or one of its checkpoints" in err
+    assert code == 2 and "pass runs/latest/model or one of its checkpoints" in err
 
 
 @pytest.mark.parametrize(

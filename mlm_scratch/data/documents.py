@@ -129,7 +129,7 @@ class Documents:
             text = self._pick(value, path)
             text.encode()
         except _NoTextError as error:
-            advice = ": name another --text-column" if number == 1 else ""
+            advice = ": pass another --text-column" if number == 1 else ""
             raise UserError(
                 f"row {number} of {self.source}: column {self.column!r} holds {error}, not text"
                 f"{advice}"
@@ -139,17 +139,19 @@ class Documents:
                 f"cannot load {self.source}: {shortened(text)} in row {number} is not Unicode text"
             ) from error
         if "\0" in text:
-            raise UserError(f"row {number} of {self.source} holds a NUL: it is not text")
+            raise UserError(
+                f"row {number} of {self.source} contains a NUL character: it is not text"
+            )
         return text
 
-    def part(self, number: int, parts: int) -> "Documents":
-        """Return shard `number` of `parts` equal shards of a stream.
+    def shard(self, number: int, shards: int) -> "Documents":
+        """Return shard `number` of a stream that is divided into equal ones.
 
-        A shard has its own files if they can be divided evenly, else every parts-th document.
+        A shard has its own files if they can be divided evenly, else every shards-th document.
         """
-        part = copy.deepcopy(self)  # shards that share a state would overwrite it in turn
-        part.rows = split_dataset_by_node(part.rows, number, parts)
-        return part
+        shard = copy.deepcopy(self)  # shards that share a state would overwrite it in turn
+        shard.rows = split_dataset_by_node(shard.rows, number, shards)
+        return shard
 
     def _parsed(self, lines: list[str]) -> list[dict[str, Any]]:
         rows = []
@@ -161,7 +163,7 @@ class Documents:
                     f"cannot load {self.source}: {error} in the line {shortened(line)}"
                 ) from error
             if not isinstance(rows[-1], dict):
-                raise UserError(f"cannot load {self.source}: no JSON object: {shortened(line)}")
+                raise UserError(f"cannot load {self.source}: not a JSON object: {shortened(line)}")
         return rows
 
     def _pick(self, value: Any, path: list[str]) -> str:

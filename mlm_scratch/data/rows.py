@@ -12,7 +12,6 @@ under a key of content, tokenizer and settings; the next run with the same key s
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from mlm_scratch.config import TrainConfig
 from mlm_scratch.data.documents import TEXTS_PER_BATCH, Documents
 from mlm_scratch.loader import Collator, Loader, TokenRows, epoch_order
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.files import cache_dir, checksum, sync
+from mlm_scratch.util.files import cache_dir, checksum, publish
 from mlm_scratch.util.progress import progress_bar
 
 ROWS_VERSION = 3  # increment when the same text yields different rows
@@ -239,9 +238,7 @@ def write_rows(
         checksums = {path.name: checksum(path) for path in unfinished.iterdir()}
         meta = {"dtype": dtype.name, "checksums": checksums}
         (unfinished / META).write_text(json.dumps(meta))
-        for path in unfinished.iterdir():
-            sync(path)
-        os.rename(unfinished, directory)
+        publish(unfinished, directory)
     except OSError as error:
         if not _is_intact(directory):  # else another run has just finished the same directory
             raise UserError(f"cannot write to {directory.parent}: {error}") from error

@@ -210,7 +210,7 @@ class _Shards(IterableDataset):
         at, length = self.positions[shard], self.config.text.block_size
         seed = self.config.optimization.seed
         while True:
-            documents = self.documents.part(shard, len(self.positions))
+            documents = self.documents.shard(shard, len(self.positions))
             has_text = at["stream"] is not None
             if has_text:
                 documents.rows.load_state_dict(at["stream"])

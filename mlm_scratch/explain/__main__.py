@@ -29,7 +29,6 @@ def main() -> None:
     from mlm_scratch.hf.checks import check_fit, longest_input
     from mlm_scratch.hf.load import load_model, load_tokenizer
     from mlm_scratch.model import MaskedLM
-    from mlm_scratch.util.probabilities import mask_rates
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -43,7 +42,7 @@ def main() -> None:
     while not result.predictions and "seed" not in given and seed < TUTORIAL.optimization.seed + 20:
         seed += 1  # 15 % of a short sentence may be no token
         result = trace(model, tokenizer, text, changed(config, seed=seed))
-    share = 100 * mask_rates(config.masking.mlm_probability)[0]
+    share = 100 * config.masking.rates[0]
     title = f"seed {seed}, {share:.3g} % of the tokens to be masked"
     if page is None:
         print(title)

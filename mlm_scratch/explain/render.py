@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from mlm_scratch.explain.trace import TOP_K, Token, Trace
 from mlm_scratch.hf.encode import visible_token
 from mlm_scratch.masking import IGNORE
+from mlm_scratch.util.tables import aligned
 
 COLUMNS = ("position", "token", "id", "special", "selected", "treatment", "model sees", "label")
 COLOURS = {"mask": 33, "random": 31, "keep": 36}  # ANSI: yellow, red, cyan
@@ -42,11 +43,9 @@ def cells(token: Token, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def as_text(trace: Trace, tokenizer: PreTrainedTokenizerBase, colour: bool) -> Iterator[str]:
     """Yield the lines for a terminal, or without colour for a pipe."""
     table = [COLUMNS, *(cells(token, tokenizer) for token in trace.tokens)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        code = COLOURS.get(line[COLUMNS.index("treatment")])
-        yield f"\033[{code}m{text.rstrip()}\033[0m" if colour and code else text.rstrip()
+    for row, line in zip(table, aligned(table), strict=True):
+        code = COLOURS.get(row[COLUMNS.index("treatment")])
+        yield f"\033[{code}m{line}\033[0m" if colour and code else line
     yield ""
     for prediction in trace.predictions:
         top = ", ".join(f"{visible_token(id, tokenizer)} {p:.4g}" for id, p in prediction.top)

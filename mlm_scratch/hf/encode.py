@@ -3,7 +3,7 @@
 import functools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -51,15 +51,22 @@ def encode(
     return inputs
 
 
-def forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Run the model without dropout: (B, T) inputs -> (B, T, V) logits.
+@torch.no_grad()
+def logits_at(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> Tensor:
+    """Run the model without dropout: (B, T) ids, no padding -> (B, M, V) logits, fp32 on the CPU.
+
+    Args:
+        model: a masked-LM.
+        input_ids: (B, T).
+        at: (B, M) the positions in each row whose logits are returned.
 
     Raises:
         UserError: the model does not support these inputs.
     """
-    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with in_eval_mode(model), refusals_reported(model):
-        return model(**on_device).logits
+        logits = model(input_ids=input_ids.to(model.device)).logits  # (B, T, V)
+    row = torch.arange(len(logits), device=logits.device)[:, None]  # (B, 1)
+    return logits[row, at.to(logits.device)].float().cpu()  # (B, M, V)
 
 
 @contextmanager
@@ -83,7 +90,8 @@ def find_masks(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, text: str)
     if len(mask_index) == 0:
         where = " that --truncate leaves" if tokenizer.mask_token in text else ""
         raise UserError(
-            f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: mark the gap"
+            f"no {tokenizer.mask_token} in the text {shortened(text)}{where}: write it where a "
+            "word is missing"
         )
     return mask_index
 

@@ -134,5 +134,5 @@ def _check_missing(name: str | Path, missing: list[str], encoder: str, init: str
 
 def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
     if os.path.isfile(os.path.join(name, RUN_JSON)):
-        return f"{name} is a run directory: name {name}/{MODEL}, or one of its checkpoints"
+        return f"{name} is a run directory: pass {name}/{MODEL} or one of its checkpoints"
     return f"cannot load a {what} from {name}: {first_line(error)}"

@@ -60,7 +60,6 @@ def generate(
             yield _shown(tokenizer, input_ids)
 
 
-@torch.no_grad()
 def _best_words(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, masks: Tensor
 ) -> tuple[Tensor, Tensor]:

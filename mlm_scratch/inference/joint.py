@@ -33,7 +33,6 @@ class JointFill(NamedTuple):
     sequence: str
 
 
-@torch.no_grad()
 def fill_jointly(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

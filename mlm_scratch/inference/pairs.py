@@ -59,7 +59,7 @@ def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no JSON object")
+                raise ValueError(f"line {number} is not a JSON object")
             yield number, row
 
 

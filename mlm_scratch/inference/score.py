@@ -14,14 +14,13 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.hf.checks import check_no_nan
-from mlm_scratch.hf.encode import encode, find_words, forward
+from mlm_scratch.hf.encode import encode, find_words, logits_at
 from mlm_scratch.util.errors import UserError
 
 METHODS = ("word-l2r", "original")
 LOGITS_AT_ONCE = 2**27  # rows x tokens x vocabulary: half a gigabyte
 
 
-@torch.no_grad()
 def score_sentence(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,11 +78,8 @@ def _words(inputs: BatchEncoding) -> Tensor:
 def log_probabilities(model: PreTrainedModel, input_ids: Tensor, at: Tensor) -> Tensor:
     """(B, T) ids -> (B, M, V) log probabilities at the M positions of each row in `at`, (B, M)."""
     rows_at_once = max(1, LOGITS_AT_ONCE // (input_ids.shape[1] * model.config.vocab_size))
-    parts = []
-    for rows, columns in zip(input_ids.split(rows_at_once), at.split(rows_at_once), strict=True):
-        logits = forward(model, {"input_ids": rows})  # (rows, T, V)
-        row = torch.arange(len(rows), device=logits.device)[:, None]  # (rows, 1)
-        parts.append(logits[row, columns.to(logits.device)].float().cpu())  # (rows, M, V)
-    log_p = torch.cat(parts).log_softmax(dim=-1)  # (B, M, V)
+    parts = zip(input_ids.split(rows_at_once), at.split(rows_at_once), strict=True)
+    logits = torch.cat([logits_at(model, *part) for part in parts])  # (B, M, V)
+    log_p = logits.log_softmax(dim=-1)  # (B, M, V)
     check_no_nan(log_p)
     return log_p

@@ -30,7 +30,10 @@ def main() -> None:
     texts, labels = read_labelled(arguments.file, arguments.text_column, arguments.label_column)
     names, n = sorted(set(labels)), len(texts)
     if len(names) < 2 or n < 2 * FOLDS:
-        raise UserError(f"{arguments.file} has too few texts or labels: {n}, {len(names)}")
+        raise UserError(
+            f"{arguments.file} has {n} texts with {len(names)} different labels: a probe needs at "
+            f"least {2 * FOLDS} texts and 2 labels"
+        )
     models = arguments.models or [str(newest_model())]
     go_offline_without_hub(*models)
     import torch

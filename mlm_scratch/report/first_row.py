@@ -9,6 +9,7 @@ from mlm_scratch.data.rows import Source
 from mlm_scratch.hf.encode import visible_token
 from mlm_scratch.loader import Collator
 from mlm_scratch.masking import IGNORE
+from mlm_scratch.util.tables import aligned
 
 MAX_TOKENS = 12
 
@@ -31,18 +32,9 @@ def first_row_lines(
     start, end = rows.starts[order[number]], rows.starts[order[number] + 1]
     ids = rows.tokens[start:end][:MAX_TOKENS].tolist()
     seen_ids, labels = batch.input_ids[number].tolist(), batch.labels[number].tolist()
-    lines = [
-        (
-            visible_token(id, tokenizer),
-            visible_token(seen, tokenizer),
-            "·" if label == IGNORE else visible_token(label, tokenizer),
-        )
-        for id, seen, label in zip(ids, seen_ids, labels, strict=False)  # padding may follow
+    table = [
+        [title, *("·" if id == IGNORE else visible_token(id, tokenizer) for id in row[: len(ids)])]
+        for title, row in (("token ", ids), ("model sees ", seen_ids), ("label ", labels))
     ]
-    widths = [max(map(len, line)) for line in lines]
-    yield f"row {number} of the first step, {len(lines)} of its {end - start} tokens:"
-    for title, column in zip(
-        ("token", "model sees", "label"), zip(*lines, strict=True), strict=True
-    ):
-        cells = [cell.ljust(width) for cell, width in zip(column, widths, strict=True)]
-        yield f"  {title:<10}  {' '.join(cells)}".rstrip()
+    yield f"row {number} of the first step, {len(ids)} of its {end - start} tokens:"
+    yield from (f"  {line}" for line in aligned(table, gap=" "))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.encode import MASK_SPELLINGS, encode, find_masks, forward, use_own_mask
+from mlm_scratch.hf.encode import MASK_SPELLINGS, encode, find_masks, logits_at, use_own_mask
 from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.util.errors import UserError, shortened
 
@@ -59,7 +59,9 @@ def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         (input_ids,) = encode(model, tokenizer, [use_own_mask(tokenizer, text)])["input_ids"]
         return Watched(text, input_ids, find_masks(tokenizer, input_ids, text))
     if len(answers) > 1:
-        raise UserError(f"--watch: name one answer in {shortened(text)}, not {len(answers)}")
+        raise UserError(
+            f"--watch: put one answer in brackets in {shortened(text)}, not {len(answers)}"
+        )
     (match,) = answers
     sentence = text[: match.start()] + match[1] + text[match.end() :]
     # The answer's own tokens are masked, as in training. To tokenize the sentence with masks in it
@@ -104,10 +106,8 @@ def fill_watched(
     """
     fills = []
     for each in watched if ranks.is_first else []:
-        with torch.no_grad():
-            logits = forward(model, {"input_ids": each.input_ids[None]})[0]  # (T, V)
-        # Not checked for NaN: the loop decides about those.
-        probabilities = logits[each.at.to(logits.device)].float().cpu().softmax(dim=-1)  # (M, V)
+        (logits,) = logits_at(model, each.input_ids[None], each.at[None])  # (M, V)
+        probabilities = logits.softmax(dim=-1)  # (M, V); NaN is left to the loop
         best_p, best_ids = probabilities.max(dim=1)  # (M,), (M,)
         fill = {
             "text": each.text,

@@ -35,7 +35,6 @@ from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.probabilities import mask_rates
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 
@@ -198,7 +197,7 @@ def layouts(config: TrainConfig, model: FastMaskedLM, on_gpu: bool) -> tuple[Lay
     layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
     if not config.machine.compile:
         return layout, layout
-    rates = max(mask_rates(config.masking.mlm_probability)), config.evaluation.eval_mlm_probability
+    rates = max(config.masking.rates), config.evaluation.eval_mlm_probability
     of_training, of_evaluation = (replace(layout, mask_rate=rate) for rate in rates)
     return of_training, of_evaluation
 

@@ -6,7 +6,6 @@ util/runs.py finds and verifies them.
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.util.errors import UserError, first_line
-from mlm_scratch.util.files import checksum, sync
+from mlm_scratch.util.files import checksum, publish
 from mlm_scratch.util.runs import MANIFEST, REPLACED, STATE, checkpoints, find_fault, step_of
 
 
@@ -69,7 +68,6 @@ def save_model(
     if free < needed:
         raise OSError(f"{directory.name} needs {needed:,} bytes, and only {free:,} are free")
     unfinished = directory.with_name(f".unfinished-{directory.name}")
-    replaced = directory.with_name(f"{REPLACED}{directory.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
@@ -77,10 +75,9 @@ def save_model(
         tokenizer.save_pretrained(unfinished)
         if state is not None:
             torch.save(state, unfinished / STATE)
-        _seal(unfinished)
-        if directory.exists():  # the same step again: kept until the new one is there
-            os.rename(directory, replaced)
-        os.rename(unfinished, directory)
+        _note_checksums(unfinished)
+        # The same step again: the old one is kept until the new one is there.
+        publish(unfinished, directory, directory.with_name(f"{REPLACED}{directory.name}"))
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)  # a full disk gets its space back
         # The libraries' Rust and C++ parts do not raise OSError when a system call fails.
@@ -89,21 +86,16 @@ def save_model(
                 f"{directory.name} cannot be written completely (is the disk full?): {error}"
             ) from error
         raise
-    sync(directory.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _seal(directory: Path) -> None:
-    """Note all files in a manifest, and flush everything to the disk."""
+def _note_checksums(directory: Path) -> None:
+    """Write the manifest of all files."""
     manifest = {
         str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": checksum(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    # Contents first, names after: the rename that follows must not survive a power cut alone.
-    for path in [*directory.rglob("*"), directory]:
-        sync(path)
 
 
 def remove_old(

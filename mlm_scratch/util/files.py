@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 
@@ -20,7 +21,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that appears complete or not at all."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(text, encoding="utf-8")
+    publish(unfinished, path)
+
+
+def publish(unfinished: Path, path: Path, aside: Path | None = None) -> None:
+    """Give a finished file or directory its name, once all of it is on the disk.
+
+    Contents first, names after: the rename must not survive a power cut alone. A directory that has
+    the name already is moved to `aside` first, if that is given, and removed at the end.
+    """
+    inside = unfinished.rglob("*") if unfinished.is_dir() else ()
+    for each in (*inside, unfinished):
+        sync(each)
+    if aside is not None and path.exists():
+        os.replace(path, aside)
     os.replace(unfinished, path)
+    sync(path.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def checksum(path: Path) -> str:

@@ -203,7 +203,7 @@ def test_a_data_set_has_its_own_text_to_evaluate_on(with_splits, name):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"eval_split": "test"}, "--eval-split names a split of a --dataset"),
+        ({"eval_split": "test"}, "--eval-split goes with a --dataset"),
         ({"eval_split": "a", "eval_fraction": 0.1}, "--eval-split and --eval-fraction contradict"),
     ],
 )

@@ -106,7 +106,7 @@ def test_what_is_no_text_is_reported_with_its_row(tmp_path):
         list(load_documents(text_config(path))[0])
     path.write_text('{"text": 7}\n')
     with pytest.raises(
-        UserError, match=r"row 1 .* holds int, not text: name another --text-column"
+        UserError, match=r"row 1 .* holds int, not text: pass another --text-column"
     ):
         list(load_documents(text_config(path, text_column="text"))[0])
 

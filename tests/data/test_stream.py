@@ -121,7 +121,7 @@ def test_errors_in_a_stream_are_reported_in_one_line(files, tmp_path):
     assert "has no column 'answer'" in error(good, text_column="answer")
     broken = f"{good}\n" * 4 + '{"text": "no end\n'  # beyond what is read before training
     assert str(tmp_path / "b.jsonl") in error(broken, max_steps=10_000, lr=1e-9)
-    assert "holds a NUL" in error('{"text": "a\\u0000b"}\n' * 8)
+    assert "contains a NUL" in error('{"text": "a\\u0000b"}\n' * 8)
 
 
 def test_the_workers_are_there_before_ddp_is(files, monkeypatch):

@@ -91,7 +91,7 @@ def test_joint_and_score_print_their_results(directory, call):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--joint", ""], "mark the gap"),
+        (["--joint", ""], "write it where a word is missing"),
         (["--score", ""], "has no token to score"),
         (["--score", TEXT], "has a mask"),
         (["--joint", "--top-k", 0, TEXT], "top-k must be from 1 to 100"),

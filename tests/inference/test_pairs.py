@@ -50,7 +50,7 @@ def test_every_format_is_read(tmp_path):
         ("a.tsv", "only one\n", "line 1 of .*a.tsv has no good and bad sentence"),
         ("a.tsv", "", "has no pairs"),
         ("a.jsonl", '{"good": "a", "bad": "b"}\n{"good": "a"}', "line 2 of .* has no good and"),
-        ("a.jsonl", "[1]", "line 1 is no JSON object"),
+        ("a.jsonl", "[1]", "line 1 is not a JSON object"),
         ("a.jsonl", "[" * 200_000, "line 1 is not JSON"),
         ("a.tsv", "good\tbad\n\t b", "line 2 of .*a.tsv has no good and bad sentence"),
         ("a.jsonl", "{", "line 1 is not JSON"),

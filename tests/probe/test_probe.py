@@ -116,7 +116,7 @@ def test_an_encoder_needs_no_head(tmp_path):
     "content, message",
     [
         (None, "cannot read"),
-        ("text,label\na,b\n", "too few texts or labels: 1, 1"),
+        ("text,label\na,b\n", "has 1 texts with 1 different labels"),
         ("text,kind\na,b\n", "lacks the column 'label'"),
         ("text,label\na\nb,c\n", "has a row without a text or a label"),
     ],

@@ -103,7 +103,7 @@ def test_the_line_says_whether_it_is_right():
     [
         ("no gap at all", "no <mask> in the text 'no gap at all'"),
         ("A <mask>\nb", "is not printable text in one line"),
-        ("[two] of [them]", "name one answer in '\\[two\\] of \\[them\\]', not 2"),
+        ("[two] of [them]", "put one answer in brackets in '\\[two\\] of \\[them\\]', not 2"),
         ("T[h]e Milky Way", "'h' is not a separate word to this tokenizer"),
         ("long " * 80 + "<mask>", "the model takes 64"),
     ],

@@ -81,31 +81,31 @@ def test_a_checkpoint_that_is_replaced_exists_at_all_times(files, monkeypatch):
     train(settings)
     t = build.prepare(settings, Path("run/checkpoint-15"))
     t.run_dir = Path("run")
-    rename = os.rename
+    rename = os.replace
 
     def killed(source, target):
         if ".unfinished" in str(source):
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         t.save()
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     assert newest_valid_checkpoint(Path("run")) == Path("run/checkpoint-15")
     t.save()
     assert not list(Path("run").glob(f"{REPLACED}*"))
 
 
 def test_a_checkpoint_that_fails_verification_replaces_no_older_one(files, monkeypatch):
-    rename = os.rename
+    rename = os.replace
 
     def bad_disk(source, target):
         rename(source, target)
         if Path(target).name == "checkpoint-10":
             (Path(target) / "config.json").write_text("{}")
 
-    monkeypatch.setattr(os, "rename", bad_disk)
+    monkeypatch.setattr(os, "replace", bad_disk)
     with pytest.raises(UserError, match="checkpoint-10 is not as it was written"):
         train(config(files, keep=1))
     assert find_fault(Path("run/checkpoint-5")) is None

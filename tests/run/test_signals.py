@@ -108,7 +108,7 @@ def test_an_evaluation_repeated_after_a_resume_is_logged_once(files, monkeypatch
 
 def test_a_second_interrupt_stops_immediately_and_harms_nothing(files, whole, monkeypatch):
     settings = config(files, output_dir="stopped")
-    rename = os.rename
+    rename = os.replace
 
     def interrupted(*args):
         if "checkpoint-10" in str(args[1]):
@@ -116,10 +116,10 @@ def test_a_second_interrupt_stops_immediately_and_harms_nothing(files, whole, mo
             os.kill(os.getpid(), signal.SIGINT)
         return rename(*args)
 
-    monkeypatch.setattr(os, "rename", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(settings)
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     assert [path.name for path in checkpoints(Path("stopped"))] == ["checkpoint-5"]
     assert not list(Path("stopped").glob(".unfinished*"))
     assert_same_run(whole, train(settings, resume=True))

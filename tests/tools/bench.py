@@ -51,7 +51,6 @@ from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
 from mlm_scratch.speed.allocator import THREAD_CACHE_OFF
 from mlm_scratch.speed.flops import StepFlops, peak_rate
-from mlm_scratch.util.probabilities import mask_rates
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = """
@@ -314,9 +313,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     precision = choose_precision(config.machine.device, config.machine.precision)
     model = load_model(config.model.name, "scratch")
     masked = round(
-        mask_rates(config.masking.mlm_probability)[0]
-        * config.optimization.batch_size
-        * config.text.block_size
+        config.masking.rates[0] * config.optimization.batch_size * config.text.block_size
     )
     tokens = config.optimization.batch_size * config.text.block_size
     flops = StepFlops(model).count(tokens, config.text.block_size, masked)
