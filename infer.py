@@ -46,8 +46,8 @@ def main() -> None:
     check_fit(tokenizer, model, model_name)
     score_method = arguments.score_method or METHODS[0]
     if pairs:
-        right = judge(model, tokenizer, pairs, score_method, arguments.truncate)
-        print(*lines_of(right), sep="\n")
+        gains = judge(model, tokenizer, pairs, score_method, arguments.truncate)
+        print(*lines_of(gains), sep="\n")
         return
     texts = [use_own_mask(tokenizer, text) for text in texts]
     if arguments.generate:

@@ -31,7 +31,7 @@ def main() -> None:
         if name in given:  # absolute, since a run may be resumed from another directory
             given[name] = tuple(map(os.path.abspath, given[name]))
     for name in ("add_tokens", "model", "dataset"):
-        if name in given and os.path.exists(given[name]):
+        if name in given and given[name] != BUNDLED and os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
@@ -58,11 +58,6 @@ def main() -> None:
     print(f"share it, with its model card: hf upload {name} {model}")
     print(f"model: {run_dir / MODEL}; try it with")
     print('    python infer.py "The Milky Way is a <mask> galaxy."')
-    if text.dataset == BUNDLED and this_launch().is_first:
-        from mlm_scratch.inference.unseen import unseen_lines
-
-        for line in unseen_lines(run_dir / MODEL):
-            print(line)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,10 +16,11 @@ from mlm_scratch.util.errors import UserError
 BUNDLED = "bundled"
 
 HELD_OUT = 0.2  # share of the documents
+HELD_OUT_OF_FILES = {"tutorial": HELD_OUT, "bundled": 0.02}  # by recipe
 
 WATCHED = (
     "The Milky Way is a [spiral] galaxy.",
-    "The capital of Italy is [Rome].",
+    "The capital city of the country Italy is called [Rome].",  # not in the bundled corpus
     "A young cat is called a [kitten].",
 )
 
@@ -290,7 +291,8 @@ class EvaluationSettings(Section):
     )
     eval_fraction: float | None = _option(
         HELD_OUT,
-        "share of the documents to hold out for evaluation; 0: no evaluation",
+        "share of the documents to hold out for evaluation; 0: no evaluation; default for the "
+        "bundled corpus: none, since it is evaluated on sentences that it leaves out",
         at_least=0,
         below=1,
     )
@@ -449,7 +451,7 @@ BUNDLED_RECIPE = changed(
     block_size=64,
     batch_size=48,
     eval_batch_size=64,
-    eval_fraction=0.02,
+    eval_fraction=None,
     mlm_probability=0.25,
     eval_every=0.1,
     lr=3e-3,
@@ -482,14 +484,15 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
         flags = " and ".join(map(_flag, evaluated))
         raise UserError(f"{flags} contradict each other: use one of them")
     implied: dict[str, Any] = {}
-    if given.get("model", BUNDLED) != BUNDLED:
-        implied["init"] = "pretrained"
+    if "model" in given:
+        implied["init"] = "scratch" if given["model"] == BUNDLED else "pretrained"
     own_dataset = RECIPES[recipe].text.dataset
     if "train_file" in given or given.get("dataset", own_dataset) != own_dataset:
         column = "answers.text" if given.get("dataset") == BUNDLED else None
         implied |= {"dataset": None, "split": "train", "text_column": column, "watch": ()}
-        if given.get("dataset", BUNDLED) != BUNDLED:
-            implied["eval_fraction"] = None  # load_documents looks for a validation split
+        # None: load_documents looks for text that is there for it
+        held_out = HELD_OUT_OF_FILES[recipe] if "train_file" in given else None
+        implied["eval_fraction"] = held_out
     if "eval_split" in given:
         implied["eval_fraction"] = None
     if given.get("streaming"):

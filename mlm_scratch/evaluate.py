@@ -5,7 +5,8 @@ if the model does not change. Here one seed fixes the masks, and all masked toke
 """
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.hf.checks import in_eval_mode
-from mlm_scratch.loader import Batch, Collator, TokenRows, unchanged
-from mlm_scratch.masking import IGNORE
+from mlm_scratch.loader import Batch, Collator, TokenRows, batch_of, unchanged
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import Precision
 from mlm_scratch.speed.cross_entropy import cross_entropy_sum
 from mlm_scratch.util.progress import progress_bar
+
+ROWS_AT_ONCE = 1024  # that are masked together
+LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8: e to a larger one is infinite
 
 
 @torch.no_grad()
@@ -36,9 +39,10 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Predict the masked tokens of all rows.
 
-    The ranks take turns at the batches. Each draws all masks, so that they do not depend on the
-    number of ranks. The model's train or eval mode is kept, and so is every random state (the masks
-    have their own generator, and without dropout nothing else is random).
+    The masks depend on the seed alone: every rank draws all of them, ROWS_AT_ONCE rows at a time,
+    whatever the batch size. The ranks take turns at the batches. The model's train or eval mode is
+    kept, and so is every random state (the masks have their own generator, and without dropout
+    nothing else is random).
 
     Returns:
         eval_loss (nats, mean over all masked tokens), perplexity (its exponential) and
@@ -51,23 +55,22 @@ def evaluate(
     # A new generator with the same seed: the same masks.
     masking = replace(config.masking, mlm_probability=config.evaluation.eval_mlm_probability)
     collator = Collator(tokenizer, **masking.of_collator(), seed=config.optimization.seed)
-    batch_size = config.evaluation.eval_batch_size
+    size = config.evaluation.eval_batch_size
     sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0
     with in_eval_mode(model):
-        starts = range(0, len(rows), batch_size)
-        bar = progress_bar(starts, desc="evaluating", unit=" batches", leave=False)
-        for number, start in enumerate(bar):
+        batches = masked_batches(rows, collator, size)
+        total = math.ceil(len(rows) / size)
+        bar = progress_bar(batches, total=total, desc="evaluating", unit=" batches", leave=False)
+        for number, batch in enumerate(bar):
             turn = number % ranks.size
             if turn == 0 and stop is not None and stop():
                 return None
-            end = min(start + batch_size, len(rows))
-            batch = arrange(collator(rows, np.arange(start, end)))
-            n_masked += int((batch.labels != IGNORE).sum())
+            n_masked += len(batch.positions)
             if turn != ranks.rank:
                 continue
             with precision.autocast():
-                logits, labels = model.masked_logits(batch.to(device))  # (N, V), (N,)
+                logits, labels = model.masked_logits(arrange(batch).to(device))  # (N, V), (N,)
             correct = (logits.argmax(dim=1) == labels).sum()  # ()
             sums.append(torch.stack([cross_entropy_sum(logits, labels), correct]))  # (2,)
     totals = torch.zeros(2, dtype=torch.float64)  # added up on the CPU: not every GPU has fp64
@@ -77,6 +80,27 @@ def evaluate(
     loss, accuracy = (totals / n_masked).tolist() if n_masked else (math.nan, math.nan)
     return {
         "eval_loss": loss,
-        "perplexity": math.exp(min(loss, 700)),  # e^710 exceeds the largest float
+        "perplexity": perplexity(loss),
         "eval_accuracy": accuracy,
     }
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss; infinite where that exceeds the largest float."""
+    return math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
+
+
+def masked_batches(rows: TokenRows, collator: Collator, size: int) -> Iterator[Batch]:
+    """Yield all rows in batches of at most `size`, with masks that do not depend on it."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        masked = collator(rows, np.arange(start, min(start + ROWS_AT_ONCE, len(rows))))  # (R, T)
+        for first in range(0, len(masked.labels), size):
+            yield without_empty_columns(masked.rows(slice(first, first + size)))
+
+
+def without_empty_columns(batch: Batch) -> Batch:
+    """Cut a batch to its longest row: (B, T) -> (B, T')."""
+    if batch.attention_mask is None:
+        return batch
+    width = int(batch.attention_mask.sum(dim=1).max())
+    return batch_of(*(tensor[:, :width] for tensor in batch[:3]))  # type: ignore[index]

@@ -3,6 +3,7 @@
 On the CPU, and with the marker `cuda` the same on a GPU.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -159,6 +160,21 @@ def test_a_lost_loss_is_logged_and_ends_the_run_with_the_last_good_checkpoint(co
     assert len(lines) == len(good) + 10
     newest = checkpoints(Path("run"))[0]
     assert newest.name == f"checkpoint-{good[-1]}" and find_fault(newest) is None
+    assert not Path("run/model").exists()
+
+
+@pytest.mark.parametrize(
+    "precision, advice",
+    [("fp32", "a lower --lr or more --warmup-steps"), ("fp16", "--precision bf16 or fp32")],
+)
+def test_a_short_run_that_is_lost_from_the_start_ends_with_advice(config, precision, advice):
+    """Before 10 steps in a row are lost: nothing else would say so."""
+    config = changed(config, lr=1e36, max_steps=4, precision=precision, output_dir="run")
+    with pytest.raises(UserError, match=f"the loss was NaN or infinite .*{advice}"):
+        train(config)
+    lines = Path("run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert None in losses  # JSON has no NaN
     assert not Path("run/model").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mlm_scratch.config import TUTORIAL, changed
-from mlm_scratch.evaluate import evaluate
+from mlm_scratch.evaluate import evaluate, masked_batches, perplexity
 from mlm_scratch.loader import Collator, TokenRows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
@@ -41,17 +41,41 @@ def test_the_mean_is_over_tokens_not_batches(model, rows, dense_head):
     collator = Collator(TOKENIZER, **CONFIG.masking.of_collator())
     losses, hits = [], []
     model.eval()
-    for start in range(0, 11, 3):
-        batch = collator(rows, np.arange(start, min(start + 3, 11)))
-        logits = model.hf_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask
-        ).logits
-        masked = batch.labels != -100
-        losses += cross_entropy(logits[masked], batch.labels[masked], reduction="none").tolist()
-        hits += (logits[masked].argmax(-1) == batch.labels[masked]).tolist()
+    batch = collator(rows, np.arange(11))
+    logits = model.hf_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    masked = batch.labels != -100
+    losses += cross_entropy(logits[masked], batch.labels[masked], reduction="none").tolist()
+    hits += (logits[masked].argmax(-1) == batch.labels[masked]).tolist()
     assert result["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
     assert result["eval_accuracy"] == np.mean(hits)
+
+
+@pytest.mark.parametrize("rows_at_once", [1024, 4])
+def test_the_batch_size_changes_nothing_but_rounding(model, rows, monkeypatch, rows_at_once):
+    """Also across the borders of what is masked together."""
+    monkeypatch.setattr("mlm_scratch.evaluate.ROWS_AT_ONCE", rows_at_once)
+    expected = evaluate(model, TOKENIZER, rows, changed(CONFIG, eval_batch_size=1), CPU)
+    for size in (2, 3, 4, 5, 11, 64):
+        result = evaluate(model, TOKENIZER, rows, changed(CONFIG, eval_batch_size=size), CPU)
+        assert result == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_is_as_wide_as_its_longest_row(rows):
+    collator = Collator(TOKENIZER, **CONFIG.masking.of_collator())
+    lengths = np.diff(rows.starts)
+    for number, batch in enumerate(masked_batches(rows, collator, 2)):
+        assert batch.labels.shape[1] == max(lengths[2 * number : 2 * number + 2])
+
+
+def test_a_loss_that_no_perplexity_fits(model, rows):
+    """An infinite one, not a number of 305 digits."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1e3
+    result = evaluate(model, TOKENIZER, rows, CONFIG, CPU)
+    assert 710 < result["eval_loss"] < math.inf and result["perplexity"] == math.inf
+    assert perplexity(709.0) == math.exp(709) and math.isnan(perplexity(math.nan))
 
 
 def test_without_masked_tokens_the_result_is_nan(model, rows):

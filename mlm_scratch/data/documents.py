@@ -1,8 +1,10 @@
 """Any source of text -> documents, one string each: a Hub data set, files, the bundled corpus."""
 
 import copy
+import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,20 +18,22 @@ from huggingface_hub import resolve_revision
 from mlm_scratch.config import BUNDLED, HELD_OUT, TextSettings, TrainConfig
 from mlm_scratch.data import corpus
 from mlm_scratch.data.files import (
+    FILE_KINDS,
     SAMPLE,
     Rows,
     cache_of,
     choose_column,
     contents_key,
     errors_of,
-    kind_of,
     load_files,
     no_column,
 )
+from mlm_scratch.data.tables import kind_of
 from mlm_scratch.util.errors import UserError, shortened
 
 VALIDATION = "validation"  # `datasets` calls a split so whose files are named dev, val or valid
 COMMIT = "[0-9a-f]{40}"
+MASKINGS = 8  # of each sentence that the bundled corpus leaves out
 TEXTS_PER_BATCH = 1000  # documents per read and per call of the tokenizer
 
 
@@ -47,6 +51,8 @@ class Documents:
             empty there would have to be empty everywhere.
         version: the commit, or a digest of the contents, that was loaded.
         held_out: whether these documents were split off from the training text for evaluation.
+        answers: sentences with an answer in brackets that ask for what the text says, by the name
+            of their group.
     """
 
     rows: Rows
@@ -55,6 +61,7 @@ class Documents:
     json_lines: bool = False
     version: str = ""
     held_out: bool = False
+    answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     path: list[str] = field(default_factory=list)  # to the text in a row; empty: find it
 
     def __post_init__(self) -> None:
@@ -207,7 +214,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     column, evaluation = config.text.text_column, config.evaluation
     if config.text.train_file and column not in (None, "text"):
         files = config.text.train_file + evaluation.eval_file
-        if all(kind_of(path) == "text" for path in files):
+        if all(kind_of(path, FILE_KINDS) == "text" for path in files):
             raise no_column(files[0], column, ["text"])
     documents = _load_training_documents(config)
     rows, source = documents.rows, documents.source
@@ -255,10 +262,12 @@ def _load_training_documents(config: TrainConfig) -> Documents:
 
 def _evaluation_split(config: TrainConfig) -> Documents | None:
     """Load the evaluation split of the data set; None if there is none to use."""
-    if config.text.dataset in (None, BUNDLED) or config.text.train_file:
+    if config.text.dataset is None or config.text.train_file:
         return None
     if config.evaluation.eval_split is None and config.evaluation.eval_fraction is not None:
         return None
+    if config.text.dataset == BUNDLED:
+        return _unseen_documents()
     split = config.evaluation.eval_split or VALIDATION
     text = replace(config.text, split=split, streaming=False)
     source = f"the split {split} of data set {text.dataset}"
@@ -272,12 +281,37 @@ def _evaluation_split(config: TrainConfig) -> Documents | None:
     return Documents(rows, config.text.text_column, source, version=version)
 
 
+def _unseen_documents() -> Documents:
+    """Return the sentences that the bundled corpus leaves out, MASKINGS times each.
+
+    They are few: masked once, they would give some 400 tokens to predict.
+    """
+    sentences = [sentence for sentence, _ in corpus.unseen_sentences()]
+    rows = datasets.Dataset.from_dict({"text": sentences * MASKINGS})
+    source = f"{len(sentences)} sentences that the corpus leaves out, {MASKINGS} times each"
+    answers = {
+        "reporting": tuple(corpus.unseen_prompts(chose=False)),
+        "choosing": tuple(corpus.unseen_prompts(chose=True)),
+    }
+    return Documents(rows, "text", source, answers=answers)
+
+
+def count_shared(documents: Documents, others: Documents) -> int:
+    """Count the `others` that stand word for word among `documents`, too; empty ones do not."""
+    wanted = Counter(map(_fingerprint, filter(str.strip, others)))
+    return sum(wanted.pop(_fingerprint(text), 0) for text in documents)
+
+
+def _fingerprint(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
 def _documents_of(
     paths: tuple[str, ...], column: str | None, split: str, streaming: bool
 ) -> Documents:
     rows, column, version = load_files(paths, column, split, streaming)
     source = paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    json_lines = "json" in kind_of(paths[0])
+    json_lines = "json" in kind_of(paths[0], FILE_KINDS)
     return Documents(rows, column, source, json_lines=json_lines, version=version)
 
 

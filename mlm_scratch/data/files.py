@@ -6,7 +6,6 @@ names, a separate cache directory keyed by the files' contents, and a single col
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from typing import IO, Any, TypeAlias
 import datasets
 import pyarrow.parquet
 
+from mlm_scratch.data.tables import is_packed, kind_of, open_unpacked, rows_of_json
 from mlm_scratch.util.errors import UserError, shortened
 from mlm_scratch.util.files import checksum
 
@@ -55,7 +55,7 @@ def load_files(
     Raises:
         UserError: a file that is missing, of an unknown kind, or without the column.
     """
-    kinds = {kind_of(path) for path in paths}
+    kinds = {kind_of(path, FILE_KINDS) for path in paths}
     if len(kinds) > 1:
         raise UserError(f"files of one kind at a time, not {', '.join(sorted(kinds))} together")
     kind = kinds.pop()
@@ -79,26 +79,6 @@ def load_files(
             **options,
         )
     return rows, column, version
-
-
-def kind_of(file: str) -> str:
-    """Return the kind of a file by its suffix. Raises UserError if unknown, missing or empty."""
-    path = Path(file)
-    suffix = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
-    if suffix not in FILE_KINDS:
-        raise UserError(f"{path}: unknown kind of file; use {', '.join(FILE_KINDS)} (or .gz)")
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: {'a directory' if path.is_dir() else 'no such file'}")
-        if path.stat().st_size == 0:
-            raise UserError(f"{path}: the file is empty")
-    except OSError as error:  # a name that is too long
-        raise UserError(f"{path}: {error.strerror}") from error
-    return FILE_KINDS[suffix]
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
 
 
 def contents_key(kind: str, paths: Any) -> str:
@@ -162,7 +142,7 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
 
     It is a link, except that .parquet.gz is decompressed and .json is rewritten as JSON Lines.
     """
-    packed = _is_packed(path)
+    packed = is_packed(path)
     converted = kind == "json" or (kind == "parquet" and packed)
     suffix = {"text": ".txt", "csv": ".csv", "parquet": ".parquet"}.get(kind, ".jsonl")
     staged = directory / f"{number}{suffix}{'.gz' if packed and not converted else ''}"
@@ -170,7 +150,7 @@ def _staged(path: Path, kind: str, number: int, directory: Path) -> Path:
     try:
         if converted:
             write = _write_json_lines if kind == "json" else shutil.copyfileobj
-            with _open(path) as source, new.open("wb") as target:
+            with open_unpacked(path) as source, new.open("wb") as target:
                 write(source, target)
             os.utime(new, (0, 0))  # constant: `datasets` keys its cache by it
         else:
@@ -188,24 +168,13 @@ def _link(path: Path, link: Path) -> None:
         shutil.copyfile(path, link)
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if _is_packed(path) else path.open("rb")  # type: ignore[return-value]
-
-
 def _write_json_lines(source: IO[bytes], target: IO[bytes]) -> None:
-    """Rewrite a .json file as JSON Lines; it may hold a list, equally long columns, or lines."""
+    """Rewrite a .json file as JSON Lines."""
     text = source.read().decode("utf-8-sig")
-    try:
-        content = json.loads(text)
-    except ValueError:
+    if (rows := rows_of_json(text)) is None:
         target.write(text.encode())  # lines already; a broken one is reported when it is read
         return
-    if isinstance(content, dict):
-        columns = content.values()
-        is_table = columns and all(isinstance(value, list) for value in columns)
-        if is_table and len({len(value) for value in columns}) == 1:
-            content = [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
-    for row in content if isinstance(content, list) else [content]:
+    for row in rows:
         target.write(json.dumps(row).encode() + b"\n")
 
 
@@ -248,7 +217,7 @@ def _csv_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], lis
             would misread.
     """
     csv.field_size_limit(2**31 - 1)
-    with io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="") as opened:
+    with io.TextIOWrapper(open_unpacked(file), encoding="utf-8-sig", newline="") as opened:
         rows = csv.reader(opened)
         names = next((row for row in rows if row), [])
         if len(names) == 1 and re.search(r"[;\t]", names[0]):

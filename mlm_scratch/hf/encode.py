@@ -163,6 +163,11 @@ def _warn_once(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, not into it
 
 
+def ids_without_token(tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
+    """List the ids below `size` that stand for no token: many models have padded embeddings."""
+    return sorted({*range(size)} - {*tokenizer.get_vocab().values()})
+
+
 def visible_token(id: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a token as its vocabulary spells it, quoted if it would be invisible."""
     token = tokenizer.convert_ids_to_tokens([id])[0]

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mlm_scratch.data.tables import KINDS, kind_of, read_table
 from mlm_scratch.util.errors import UserError, shortened
 
 OWN_SETTINGS = {  # a tokenizer's arguments that describe its files, not its behaviour
@@ -28,13 +29,20 @@ OWN_SETTINGS = {  # a tokenizer's arguments that describe its files, not its beh
 
 
 def read_words(path: str) -> list[str]:
-    """Read a file with one word per line, without duplicates. Raises UserError."""
+    """Read a .txt file with a word per line, or a table with one column, without duplicates.
+
+    Raises:
+        UserError: the file cannot be read, or a line has more than a word.
+    """
+    words = []
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            words = [line.strip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--add-tokens: cannot read {path}: {error}") from error
-    words = list(dict.fromkeys(filter(None, words)))
+        for number, values in read_table(path, ["word"], header=kind_of(path, KINDS) != "tabs"):
+            if len(values) != 1:
+                raise UserError(f"line {number} of {path} has {len(values)} fields instead of one")
+            words += [value.strip() for value in values.values()]
+    except UserError as error:
+        raise UserError(f"--add-tokens: {error}") from error
+    words = list(dict.fromkeys(words))
     if not words:
         raise UserError(f"--add-tokens: {path} has no words")
     return words

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.hf.checks import longest_input
-from mlm_scratch.hf.encode import encode
+from mlm_scratch.hf.encode import encode, ids_without_token
 from mlm_scratch.inference.score import log_probabilities
 from mlm_scratch.util.errors import UserError
 
@@ -65,7 +65,8 @@ def _best_words(
 ) -> tuple[Tensor, Tensor]:
     """(T,), (M,) -> the log probabilities, (M,), and ids, (M,), of the best tokens at the masks."""
     log_p = log_probabilities(model, input_ids[None], masks[None])[0]  # (M, V)
-    log_p[:, tokenizer.all_special_ids] = -torch.inf  # a text has no special tokens inside
+    never = ids_without_token(tokenizer, log_p.shape[1])
+    log_p[:, [*tokenizer.all_special_ids, *never]] = -torch.inf  # no special tokens inside a text
     best, ids = log_p.max(dim=-1)  # (M,), (M,)
     return best, ids
 

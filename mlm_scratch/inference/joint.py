@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.encode import encode, find_masks
+from mlm_scratch.hf.encode import encode, find_masks, ids_without_token
 from mlm_scratch.inference.score import log_probabilities
 from mlm_scratch.util.errors import UserError
 
@@ -62,6 +62,7 @@ def fill_jointly(
     mask_index = find_masks(tokenizer, input_ids[0], text)  # (M,)
     if not 1 <= top_k <= MAX_FILLS:
         raise UserError(f"top-k must be from 1 to {MAX_FILLS} for joint fills, got {top_k}")
+    never = [tokenizer.mask_token_id, *ids_without_token(tokenizer, model.config.vocab_size)]
     scores = torch.zeros(1)  # (beams,) log probabilities
     for _ in mask_index:
         is_mask = input_ids == tokenizer.mask_token_id  # (beams, T), equally many in each
@@ -69,7 +70,7 @@ def fill_jointly(
         if order == "left to right":
             at = at[:, :1]  # (beams, 1)
         log_p = log_probabilities(model, input_ids, at)  # (beams, masks left or 1, V)
-        log_p[..., tokenizer.mask_token_id] = -math.inf  # never fill a mask with a mask
+        log_p[..., never] = -math.inf
         row = torch.arange(len(input_ids))  # (beams,)
         next_mask = log_p.amax(dim=2).argmax(dim=1)  # (beams,) the most certain
         candidates = scores[:, None] + log_p[row, next_mask]  # (beams, V)

@@ -7,21 +7,23 @@
 Source of the test and of its file format: Warstadt et al. 2020, BLiMP.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mlm_scratch.data.tables import read_table
 from mlm_scratch.hf.encode import encode, find_words
 from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError, shortened
 from mlm_scratch.util.intervals import wilson_interval
 from mlm_scratch.util.progress import progress_bar
 
-# What the columns may be called; the second name is BLiMP's.
-NAMES = (("good", "sentence_good"), ("bad", "sentence_bad"), ("phenomenon", "UID"))
+# What the columns may be called, in any case of letters; the second name is BLiMP's.
+NAMES = (("good", "sentence_good"), ("bad", "sentence_bad"), ("phenomenon", "uid"))
+
+TIE = 1e-5  # nats: what rounding leaves between equal scores
 
 
 class Pair(NamedTuple):
@@ -33,52 +35,33 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str) -> list[Pair]:
-    """Read pairs from a .jsonl file or a tab-separated file, with or without a header line.
+    """Read pairs from a table (data/tables.py); a header line is optional.
 
     Raises:
         UserError: the file cannot be read; the message names the line.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            rows = _json_rows(file) if path.endswith((".jsonl", ".json")) else _tab_rows(file)
-            pairs = [_pair(path, number, row) for number, row in rows]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--pairs: cannot read {path}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"--pairs: {path}: {error}") from error
+        rows = read_table(path, [known[0] for known in NAMES], header=None)
+        pairs = [_pair(path, number, values) for number, values in rows]
+    except UserError as error:
+        raise UserError(f"--pairs: {error}") from error
     if not pairs:
         raise UserError(f"--pairs: {path} has no pairs")
     return pairs
 
 
-def _json_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
-            yield number, row
-
-
-def _tab_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    names = [known[0] for known in NAMES]
-    for number, line in enumerate(file, start=1):
-        cells = line.rstrip("\n").split("\t")
-        if number == 1 and {"good", "sentence_good"} & set(cells):
-            names = cells
-        elif line.strip():
-            yield number, dict(zip(names, cells, strict=False))
-
-
-def _pair(path: str, number: int, row: dict[str, Any]) -> Pair:
-    values = [next((row[name] for name in known if row.get(name)), None) for known in NAMES]
-    good, bad, phenomenon = values
-    if not (isinstance(good, str) and isinstance(bad, str) and good.strip() and bad.strip()):
-        raise UserError(f"--pairs: line {number} of {path} has no good and bad sentence")
-    return Pair(good, bad) if phenomenon is None else Pair(good, bad, str(phenomenon))
+def _pair(path: str, number: int, values: dict[str, str]) -> Pair:
+    by_name = {name.strip().lower(): value for name, value in values.items()}
+    good, bad, phenomenon = (
+        next((by_name[name] for name in known if name in by_name), None) for known in NAMES
+    )
+    if good is None or bad is None:
+        expected = " and ".join(" or ".join(known) for known in NAMES[:2])
+        raise UserError(
+            f"line {number} of {path} has no good and bad sentence, but {', '.join(values)}: name "
+            f"the columns {expected}, perhaps with {' or '.join(NAMES[2])}"
+        )
+    return Pair(good, bad) if phenomenon is None else Pair(good, bad, phenomenon)
 
 
 def judge(
@@ -87,8 +70,8 @@ def judge(
     pairs: list[Pair],
     method: str,
     truncate: bool = False,
-) -> dict[str, list[bool]]:
-    """Return for each phenomenon whether the good sentence of each pair scores higher.
+) -> dict[str, list[float]]:
+    """Return for each phenomenon the score of each pair's good sentence minus that of its bad one.
 
     Raises:
         UserError: a sentence cannot be scored; this is checked before any scoring, and the message
@@ -98,26 +81,28 @@ def judge(
         for text in pair[:2]:
             (input_ids,) = encode(model, tokenizer, [text], truncate)["input_ids"]
             find_words(tokenizer, input_ids, text)
-    right: dict[str, list[bool]] = defaultdict(list)
+    gains: dict[str, list[float]] = defaultdict(list)
     for pair in progress_bar(pairs, desc="scoring", unit=" pairs", leave=False):
         good, bad = (
             sum(p for _, p in score_sentence(model, tokenizer, text, truncate, method))
             for text in (pair.good, pair.bad)
         )
-        right[pair.phenomenon].append(good > bad)
-    return right
+        gains[pair.phenomenon].append(good - bad)
+    return gains
 
 
-def lines_of(right: dict[str, list[bool]]) -> Iterator[str]:
-    """Yield the lines of a table: one per phenomenon, and one for all pairs."""
-    rows = [(shortened(name)[1:-1], ones) for name, ones in right.items()]
+def lines_of(gains: dict[str, list[float]]) -> Iterator[str]:
+    """Yield the lines of a table: one per phenomenon, and one for all pairs. A tie is not right."""
+    rows = [(shortened(name)[1:-1], of_pairs) for name, of_pairs in gains.items()]
     if len(rows) > 1:
-        rows.append(("all", [one for _, ones in rows for one in ones]))
+        rows.append(("all", [gain for _, of_pairs in rows for gain in of_pairs]))
     width = max(len(name) for name, _ in [*rows, ("phenomenon", [])])
-    yield f"{'phenomenon':<{width}}  right    of  share  95 % interval"
-    for name, ones in rows:
-        low, high = wilson_interval(sum(ones), len(ones))
+    yield f"{'phenomenon':<{width}}  right  ties    of  share  95 % interval"
+    for name, of_pairs in rows:
+        n, ties = len(of_pairs), sum(abs(gain) < TIE for gain in of_pairs)
+        right = sum(gain >= TIE for gain in of_pairs)
+        low, high = wilson_interval(right, n)
         yield (
-            f"{name:<{width}}  {sum(ones):>5}  {len(ones):>4}  {sum(ones) / len(ones):.3f}  "
+            f"{name:<{width}}  {right:>5}  {ties:>4}  {n:>4}  {right / n:.3f}  "
             f"{low:.3f} to {high:.3f}"
         )

@@ -9,11 +9,10 @@ get the same folds, so the difference between two accuracies has an interval, to
 """
 
 import argparse
-import csv
-import json
 import sys
 from typing import TYPE_CHECKING
 
+from mlm_scratch.data.tables import read_table
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 from mlm_scratch.util.intervals import difference_interval, wilson_interval
@@ -53,21 +52,18 @@ def main() -> None:
 
 
 def read_labelled(path: str, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Read texts and labels from a .csv, .tsv or .jsonl file. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.endswith(".jsonl"):
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ","))
-        columns = [[row[name] for row in rows] for name in (text_column, label_column)]
-        if None in columns[0] + columns[1]:
-            raise UserError(f"{path} has a row without a text or a label")
-        return [str(text) for text in columns[0]], [str(label) for label in columns[1]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} lacks the column {error} in some row") from error
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    """Read texts and labels from a table (data/tables.py). Raises UserError."""
+    texts, labels = [], []
+    for number, values in read_table(path):
+        for name in (text_column, label_column):
+            if name not in values:
+                raise UserError(
+                    f"line {number} of {path} has no {name}, but {', '.join(values) or 'nothing'}: "
+                    "see --text-column and --label-column"
+                )
+        texts.append(values[text_column])
+        labels.append(values[label_column])
+    return texts, labels
 
 
 def mean_states(name: str, texts: list[str]) -> "Tensor":
@@ -142,7 +138,9 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", help=".csv, .tsv or .jsonl with a text and a label in each row")
+    parser.add_argument(
+        "file", help=".csv, .tsv, .jsonl or .json with a text and a label in each row"
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: the newest model")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="(text)")
     parser.add_argument("--label-column", default="label", metavar="NAME", help="(label)")

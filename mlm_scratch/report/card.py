@@ -23,12 +23,13 @@ from mlm_scratch.config import (
     flat,
     resolve,
 )
+from mlm_scratch.report.log import answers_line
 from mlm_scratch.report.picture import PICTURE
 from mlm_scratch.report.watch import before_and_after
 
 MAX_ROWS = 20  # of the table of evaluations
 # Settings that others follow from (config.resolve).
-NAMED = ("model", "init", "dataset", "train_file", "streaming", "max_steps", "eval_split")
+NAMED = ("model", "dataset", "train_file", "streaming", "max_steps", "eval_split")
 
 
 def model_card(
@@ -96,6 +97,8 @@ def _outcome(results: dict[str, Any]) -> str:
             f"Perplexity of masked tokens in the evaluation text: {before['perplexity']:.2f} after "
             f"{before['step']:,} steps, {after['perplexity']:.2f} after {after['step']:,}."
         )
+    if line := answers_line(results):
+        lines.append(f"{line[0].upper()}{line[1:]}.\n")
     for text, first, last in before_and_after(results):
         lines.append(f"- {as_markdown(text)} {as_markdown(first)} → {as_markdown(last)}")
     return "\n".join(lines)

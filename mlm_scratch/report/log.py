@@ -1,6 +1,5 @@
 """What a run writes as it goes: metrics.jsonl, TensorBoard, the progress bar."""
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from mlm_scratch.loader import Step
 from mlm_scratch.report.metrics import (
     METRICS,
+    as_json,
     drop_later_lines,
     epoch_of,
     evaluations,
@@ -20,6 +20,7 @@ from mlm_scratch.report.metrics import (
 )
 from mlm_scratch.report.watch import watched_line
 from mlm_scratch.speed.flops import Utilization
+from mlm_scratch.util.intervals import wilson_interval
 from mlm_scratch.util.progress import progress_bar
 
 
@@ -213,8 +214,22 @@ class FileReport:
 
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         line = {"step": step, "epoch": epoch_of(step, self.steps_per_epoch), **values}
-        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.write(as_json(line) + "\n")
         self.metrics.flush()
+
+
+def answers_line(results: dict[str, Any]) -> str:
+    """Format how many answers are right in sentences that the bundled corpus leaves out."""
+    answers = results["answers"]
+    if not answers or answers["reporting"][1] == 0:
+        return ""
+    (right, n), (right_chosen, n_chosen) = answers["reporting"], answers["choosing"]
+    low, high = wilson_interval(right, n)
+    return (
+        f"answers in sentences that the text leaves out: {right} of {n} right ({right / n:.3f}, "
+        f"95 % interval {low:.3f} to {high:.3f}); and {right_chosen} of the {n_chosen} by which "
+        "the recipe was chosen"
+    )
 
 
 def summary(results: dict[str, Any]) -> str:

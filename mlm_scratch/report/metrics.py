@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlm_scratch.evaluate import perplexity
+
 METRICS = "metrics.jsonl"
 
 
@@ -43,10 +45,31 @@ def _is_later(line: bytes, last_step: int, last_evaluation: int) -> bool:
         return True
 
 
+def as_json(values: Any, **options: Any) -> str:
+    """Serialize numbers and texts. JSON has no NaN and no infinity: they become null."""
+    return json.dumps(_finite(values), allow_nan=False, **options)
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the lines of metrics.jsonl."""
+    """Read the lines of metrics.jsonl; null becomes the number that it stands for."""
+
+    def numbers(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return an object of JSON."""
+        values = {name: math.nan if value is None else value for name, value in pairs}
+        if "eval_loss" in values:
+            values["perplexity"] = perplexity(values["eval_loss"])
+        return values
+
     with (run_dir / METRICS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line, object_pairs_hook=numbers) for line in file]
 
 
 def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

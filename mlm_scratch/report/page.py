@@ -44,7 +44,7 @@ def report_page(
     title: str,
     lines: list[dict[str, Any]],
     results: dict[str, Any],
-    summary: str,
+    summary: list[str],
     first_row: list[str],
     facts: dict[str, dict[str, str]],
     command: str,
@@ -55,7 +55,7 @@ def report_page(
         title: the name of the run.
         lines: those of metrics.jsonl.
         results: what Report.results returned.
-        summary: time, speed and perplexity, in a line.
+        summary: lines on time, speed and what was learned.
         first_row: the lines that show the first row of the run, masked; may be empty.
         facts: what to list at the end, by section and name.
         command: the command line.
@@ -66,7 +66,8 @@ def report_page(
     }
     watched = answer_curves(lines)
     parts = [
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>",
+        f"<h1>{html.escape(title)}</h1>",
+        *(f"<p>{html.escape(line)}</p>" for line in summary),
         "<h2>Loss (nats per masked token)</h2>" + chart(losses),
     ]
     if watched:

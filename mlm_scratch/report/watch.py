@@ -6,6 +6,8 @@ There are two ways to write one:
 "The Milky Way is a <mask> galaxy."      no answer: only the best fill is shown
 """
 
+import contextlib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,6 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.hf.encode import MASK_SPELLINGS, encode, find_masks, logits_at, use_own_mask
-from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.util.errors import UserError, shortened
 
 BRACKETS = re.compile(r"\[([^][]+)\]")
@@ -51,6 +52,17 @@ def read_watched(
     return [_read(text, model, tokenizer) for text in texts]
 
 
+def read_answerable(
+    texts: tuple[str, ...], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Watched]:
+    """Do the same, but leave out sentences whose answer is not a separate word to the tokenizer."""
+    answerable = []
+    for text in texts:
+        with contextlib.suppress(UserError):
+            answerable.append(_read(text, model, tokenizer))
+    return answerable
+
+
 def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Watched:
     if not text.isprintable():
         raise UserError(f"--watch: {shortened(text)} is not printable text in one line")
@@ -63,20 +75,21 @@ def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"--watch: put one answer in brackets in {shortened(text)}, not {len(answers)}"
         )
     (match,) = answers
-    sentence = text[: match.start()] + match[1] + text[match.end() :]
+    answer = match[1].strip()
+    sentence = text[: match.start()] + answer + text[match.end() :]
     # The answer's own tokens are masked, as in training. To tokenize the sentence with masks in it
     # gives other ids: SentencePiece inserts a space after a mask.
     inputs = encode(model, tokenizer, [sentence])
     (input_ids,) = inputs["input_ids"]  # (T,)
     start = match.start()
-    at = _tokens_of(inputs, sentence, start, start + len(match[1]))  # (M,)
+    at = _tokens_of(inputs, sentence, start, start + len(answer))  # (M,)
     if at is None:
         raise UserError(
-            f"--watch: {match[1]!r} is not a separate word to this tokenizer in {shortened(text)}: "
+            f"--watch: {answer!r} is not a separate word to this tokenizer in {shortened(text)}: "
             "put spaces around it, or use <mask>"
         )
     masked = input_ids.index_fill(0, at, tokenizer.mask_token_id)  # (T,)
-    return Watched(text, masked, at, match[1], input_ids[at])
+    return Watched(text, masked, at, answer, input_ids[at])
 
 
 def _tokens_of(inputs: BatchEncoding, text: str, start: int, end: int) -> Tensor | None:
@@ -96,27 +109,30 @@ def fill_watched(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     watched: list[Watched],
-    ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """Fill the sentences, on rank 0 only. No random state moves.
+    """Fill the sentences. No random state moves.
 
     Returns:
-        for each sentence {"text", "fill", "p"}, and {"answer", "answer_p"} if it has one. The
-        probability of several tokens is their product, each predicted with all of them masked.
+        for each sentence {"text", "fill", "p"}, and {"answer", "answer_p", "right"} if it has one:
+        right if the ids of the fill are the answer's, however both are spelled. The probability of
+        several tokens is their product, each predicted with all of them masked. A model that
+        outputs NaN fills nothing: "fill" is "", and the numbers are NaN.
     """
     fills = []
-    for each in watched if ranks.is_first else []:
+    for each in watched:
         (logits,) = logits_at(model, each.input_ids[None], each.at[None])  # (M, V)
-        probabilities = logits.softmax(dim=-1)  # (M, V); NaN is left to the loop
+        probabilities = logits.softmax(dim=-1)  # (M, V)
         best_p, best_ids = probabilities.max(dim=1)  # (M,), (M,)
+        is_lost = bool(best_p.isnan().any())  # the loop decides whether the run goes on
         fill = {
             "text": each.text,
-            "fill": str(tokenizer.decode(best_ids)).strip(),
+            "fill": "" if is_lost else str(tokenizer.decode(best_ids)).strip(),
             "p": best_p.prod().item(),
         }
         if each.answer_ids is not None:
             answer_p = probabilities.gather(1, each.answer_ids[:, None])  # (M, 1)
-            fill |= {"answer": each.answer, "answer_p": answer_p.prod().item()}
+            right = not is_lost and torch.equal(best_ids, each.answer_ids)
+            fill |= {"answer": each.answer, "answer_p": answer_p.prod().item(), "right": right}
         fills.append(fill)
     return fills
 
@@ -138,9 +154,11 @@ def watched_line(fill: dict[str, Any]) -> str:
 
 def short(fill: dict[str, Any]) -> str:
     """Format the best fill and, if that is not the answer, the probability of the answer."""
+    if math.isnan(fill["p"]):
+        return "no fill: the model outputs NaN"
     best = f"{fill['fill']} ({fill['p']:.2f})"
     if "answer" not in fill:
         return best
-    if fill["fill"] == fill["answer"]:
+    if fill["right"]:
         return f"{best}: right"
     return f"{best}, not {fill['answer']} ({fill['answer_p']:.4f})"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.config import ModelSettings, TrainConfig, changed
-from mlm_scratch.data.documents import load_documents
+from mlm_scratch.data.documents import count_shared, load_documents
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.hf.checks import sparse_head_works, unused_parameters
@@ -22,7 +22,7 @@ from mlm_scratch.optim import build_optimizer, build_schedule
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import rows_per_step, share_among
 from mlm_scratch.precision import choose_precision
-from mlm_scratch.report.watch import read_watched
+from mlm_scratch.report.watch import read_answerable, read_watched
 from mlm_scratch.run.checkpoint import load_state
 from mlm_scratch.run.losses import LossMeter
 from mlm_scratch.run.saver import Saver
@@ -100,11 +100,15 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         optimizer=optimizer,
         scheduler=build_schedule(optimizer, rate_schedule(optimization, total_steps)),
         scaler=precision.grad_scaler(),
-        losses=LossMeter(precision.device, config.output.log_every, ranks),
+        losses=LossMeter(precision, config.output.log_every, ranks),
         vocabulary=vocabulary,
         saver=Saver(in_background=precision.device.type != "cpu"),
         labels=loaded.labels,
         watched=watched,
+        answers={
+            group: read_answerable(texts, hf_model, tokenizer)
+            for group, texts in loaded.answers.items()
+        },
     )
     torch.manual_seed(config.optimization.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
@@ -123,6 +127,7 @@ class Loaded(NamedTuple):
     hf_model: PreTrainedModel
     source: Source
     eval_rows: PreparedRows | None
+    answers: dict[str, tuple[str, ...]]  # sentences that ask for what the text says (documents.py)
     labels: dict[str, str]  # what is read for training and evaluation, with its version
     config: TrainConfig  # with the commits that the Hub had: a resume loads the same
 
@@ -155,12 +160,15 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     if eval_documents is not None and eval_rows is not None:
         labels["evaluation"] = eval_documents.label
         where = "held out" if eval_documents.held_out else f"to evaluate on: {eval_documents.label}"
-        text += f", {len(eval_rows):,} {where}"
+        text += f", {len(eval_documents):,} {where}"
+        if not config.text.streaming and (shared := count_shared(documents, eval_documents)):
+            text += f", {shared:,} of them also in the training text"
     print(f"text: {text}")
     config = changed(config, dataset_commit=documents.commit)
     if config.model.revision and not (config.model.model_commit or config.text.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
-    return Loaded(tokenizer, hf_model, source, eval_rows, labels, config)
+    answers = eval_documents.answers if eval_documents is not None else {}
+    return Loaded(tokenizer, hf_model, source, eval_rows, answers, labels, config)
 
 
 def _origin(model: ModelSettings) -> str:

@@ -31,7 +31,7 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "keep",
     "eval_every",
-    "eval_batch_size",  # its masks change, too
+    "eval_batch_size",
     "no_eval_first",
     "watch",
     "best",

@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.hf.load import load_model
 from mlm_scratch.report.card import command_line, model_card, settings
 from mlm_scratch.report.first_row import first_row_lines
-from mlm_scratch.report.log import Report, summary
-from mlm_scratch.report.metrics import lowest, read_metrics
+from mlm_scratch.report.log import Report, answers_line, summary
+from mlm_scratch.report.metrics import as_json, lowest, read_metrics
 from mlm_scratch.report.page import report_page
 from mlm_scratch.report.picture import PICTURE, draw_losses
-from mlm_scratch.report.watch import before_and_after
+from mlm_scratch.report.watch import before_and_after, fill_watched
 from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.state import Training
 from mlm_scratch.util.errors import UserError
@@ -36,29 +38,44 @@ def leave_behind(t: Training, report: Report) -> None:
             f"{t.config.evaluation.patience} evaluations"
         )
     if nonfinite := t.losses.nonfinite.item():
-        print(f"warning: {nonfinite} steps had a NaN or infinite loss", file=sys.stderr)
+        print(
+            f"warning: {nonfinite} of {t.steps_done} steps had a NaN or infinite loss: "
+            f"{t.losses.advice()}",
+            file=sys.stderr,
+        )
     try:
-        final_step = _save_final_model(t)  # first of all: whatever fails later, the model is there
+        final_step, hf_model = _save_final_model(
+            t
+        )  # first of all: whatever fails later, the model is there
     finally:
         draw_losses(t.run_dir)  # also of a run whose weights are lost: it shows where
     results, lines = report.results(final_step), read_metrics(t.run_dir)
+    results["answers"] = {
+        group: (
+            sum(fill["right"] for fill in fill_watched(hf_model, t.tokenizer, asked)),
+            len(asked),
+        )
+        for group, asked in t.answers.items()
+    }
     if results["steps"] == 0:  # a finished run, resumed
         results |= _time_and_speed_before(t.run_dir)
     card = model_card(t.config, t.labels, t.loader.rows_per_step, results, lines)
     (t.run_dir / MODEL / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(t.run_dir / PICTURE, t.run_dir / MODEL)
-    write_text(t.run_dir / RESULTS, json.dumps(results, indent=2))
+    write_text(t.run_dir / RESULTS, as_json(results, indent=2))
     page = report_page(
         t.run_dir.resolve().name,
         lines,
         results,
-        summary(results),
+        [line for line in (summary(results), answers_line(results)) if line],
         [*first_row_lines(t.source, t.loader.rows_per_step, t.tokenizer, t.config)],
         {"read": t.labels, **settings(t.config)},
         command_line(t.config),
     )
     write_text(t.run_dir / PAGE, page)
     print(summary(results))
+    if line := answers_line(results):
+        print(line)
     if fills := before_and_after(results):
         before, after = results["before"]["step"], results["after"]["step"]
         print(f"fills after {before:,} steps, and after {after:,}:")
@@ -74,23 +91,23 @@ def _time_and_speed_before(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _save_final_model(t: Training) -> int:
-    """Write model/: of the last step, or with --best the best. Returns its step."""
+def _save_final_model(t: Training) -> tuple[int, PreTrainedModel]:
+    """Write model/: of the last step, or with --best the best. Returns its step and the model."""
     best_step = _best_step(t) if t.config.evaluation.best else None
     if best_step is not None and best_step < t.steps_done:
         checkpoint, loss = t.run_dir / f"checkpoint-{best_step}", t.evaluations[best_step]
         print(f"model/ is that of {checkpoint.name}: the lowest evaluation loss, {loss:.4f}")
         hf_model = load_model(checkpoint)
         save_model(t.run_dir / MODEL, hf_model, hf_model.state_dict(), t.tokenizer)
-        return best_step
+        return best_step, hf_model
     weights = t.saver.readable(t.vocabulary.weights(t.hf_model))
     if not weights_are_finite(t.hf_model):  # read from the GPU, so the copies are complete
         raise UserError(
             f"the weights are NaN or infinite after step {t.steps_done}: there is no model to "
-            "save; begin a new run with a lower --lr or --weight-decay"
+            f"save; {t.losses.advice()}"
         )
     save_model(t.run_dir / MODEL, t.hf_model, weights, t.tokenizer)
-    return t.steps_done
+    return t.steps_done, t.hf_model
 
 
 def _best_step(t: Training) -> int | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mlm_scratch.parallel.ranks import ALONE, Ranks
+from mlm_scratch.precision import Precision
 from mlm_scratch.util.errors import UserError
 
 MAX_NONFINITE_STEPS = 10  # after 10 non-finite losses in a row the weights are beyond repair
@@ -14,12 +15,12 @@ MAX_NONFINITE_STEPS = 10  # after 10 non-finite losses in a row the weights are 
 class LossMeter:
     """Sums of the losses of a run, on the device: reading one makes the CPU wait for the GPU."""
 
-    def __init__(self, device: torch.device, log_every: int, ranks: Ranks = ALONE):
-        self.ranks = ranks
+    def __init__(self, precision: Precision, log_every: int, ranks: Ranks = ALONE):
+        self.precision, self.ranks = precision, ranks
         self.check_every = min(log_every, MAX_NONFINITE_STEPS)
-        self.sum = torch.zeros((), device=device)  # () losses since the last log
+        self.sum = torch.zeros((), device=precision.device)  # () losses since the last log
         self.steps = 0  # since the last log, those with masked tokens
-        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)  # () steps of the run
+        self.nonfinite = torch.zeros_like(self.sum, dtype=torch.int64)  # () steps of the run
         self.nonfinite_in_a_row = torch.zeros_like(self.nonfinite)  # () up to the last step
 
     def add(self, loss: Tensor, n_masked: int) -> None:
@@ -42,19 +43,26 @@ class LossMeter:
         self.steps = 0
         return loss
 
-    def stop_if_diverged(self, step: int) -> None:
-        """Raise UserError after MAX_NONFINITE_STEPS non-finite losses in a row.
+    def stop_if_diverged(self, step: int, total_steps: int) -> None:
+        """Raise UserError after MAX_NONFINITE_STEPS non-finite losses in a row, or half of the run.
 
-        Looks only every `check_every` steps, since reading synchronizes with the GPU.
+        Looks only every `check_every` steps and at the end, since reading synchronizes with the
+        GPU.
         """
-        if step % self.check_every > 0:
+        if step % self.check_every > 0 and step < total_steps:
             return
-        if (nonfinite := self.nonfinite_in_a_row.item()) >= MAX_NONFINITE_STEPS:
+        limit = min(MAX_NONFINITE_STEPS, (total_steps + 1) // 2)
+        if (nonfinite := self.nonfinite_in_a_row.item()) >= limit:
             raise UserError(
                 f"the loss was NaN or infinite in the last {nonfinite} steps, up to step {step}; "
-                "earlier checkpoints are kept: begin a new run with a lower --lr, or with "
-                "--precision bf16 or fp32 instead of fp16"
+                f"earlier checkpoints are kept: {self.advice()}"
             )
+
+    def advice(self) -> str:
+        """Return what to do about a loss that is NaN or infinite."""
+        if self.precision.dtype == torch.float16:
+            return "begin a new run with --precision bf16 or fp32 instead of fp16, or a lower --lr"
+        return "begin a new run with a lower --lr or more --warmup-steps"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums."""

@@ -58,6 +58,7 @@ class Training:
     saver: Saver
     labels: dict[str, str]  # what is read for training and evaluation, with its version
     watched: list[Watched]
+    answers: dict[str, list[Watched]]  # what the final model is asked, by group
     run_dir: Path = Path()
     steps_done: int = 0
     evaluations: dict[int, float] = field(default_factory=dict)  # losses, by the steps done
@@ -122,7 +123,8 @@ class Training:
             )
         if metrics is None:
             return False
-        fills = fill_watched(self.hf_model, self.tokenizer, self.watched, self.ranks)
+        watched = self.watched if self.ranks.is_first else []
+        fills = fill_watched(self.hf_model, self.tokenizer, watched)
         report.evaluation(self.steps_done, metrics, fills)
         self.evaluations[self.steps_done] = metrics.get("eval_loss", math.nan)
         return self.config.evaluation.best and self.best_step(self.steps_done) == self.steps_done

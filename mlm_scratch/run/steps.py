@@ -24,6 +24,6 @@ def run_steps(t: Training, report: Report, stop: StopRequest) -> None:
         if t.steps_done % t.config.output.log_every == 0:
             mean_loss, grad_norm = t.losses.take_mean(), done.grad_norm.item()
             report.log(t.steps_done, mean_loss, done.learning_rate, grad_norm)
-        t.losses.stop_if_diverged(t.steps_done)
+        t.losses.stop_if_diverged(t.steps_done, t.total_steps)
         if t.evaluate_and_save(report, stop):
             return

@@ -1,14 +1,18 @@
 """The bundled corpus: deterministic, in the ELI5 schema, and consistent with the prompts."""
 
+import re
 from collections import Counter
 
 import pytest
 from datasets import Dataset
 
+from mlm_scratch.config import WATCHED, resolve
 from mlm_scratch.data.corpus import rows
 from mlm_scratch.data.corpus.facts import TABLES
 from mlm_scratch.data.corpus.generate import REPEATS, explanations, fill
+from mlm_scratch.data.documents import MASKINGS, load_documents
 from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
+from tests.support.tiny import write_text
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,32 @@ def test_prompts_occur_or_not_as_their_list_says(corpus):
     for prompt, answer in NEVER_EMITTED:
         assert prompt.replace("<mask>", answer) not in text, prompt
     assert len(EMITTED) + len(NEVER_EMITTED) >= 120 and len(NEVER_EMITTED) >= 40
+
+
+def test_what_is_held_out_is_in_no_document():
+    """Not a sentence of it; and the facts that report are not those that chose the recipe."""
+    documents, held_out = load_documents(resolve("bundled", {}))
+    text = "\n".join(documents)
+    sentences = Counter(held_out)
+    assert len(sentences) == 205 and set(sentences.values()) == {MASKINGS}
+    assert not [sentence for sentence in sentences if sentence in text]
+    asked = {group: {*prompts} for group, prompts in held_out.answers.items()}
+    whole = [re.sub(r"[][]", "", prompt) for prompts in asked.values() for prompt in prompts]
+    assert Counter(whole) == Counter(dict.fromkeys(sentences, 1))
+    chose = {re.sub(r"\[.*\]", "<mask>", prompt) for prompt in asked["choosing"]}
+    reports = {re.sub(r"\[.*\]", "<mask>", prompt) for prompt in asked["reporting"]}
+    assert sum(prompt in chose for prompt, _ in NEVER_EMITTED) >= 38
+    assert not [prompt for prompt, _ in NEVER_EMITTED if prompt in reports]
+    assert set(WATCHED) & asked["reporting"]
+
+
+def test_a_fraction_or_a_file_that_is_named_is_evaluated_on(tmp_path):
+    write_text(tmp_path / "a.txt")
+    file = (str(tmp_path / "a.txt"),)
+    for given in ({"eval_fraction": 0.1}, {"eval_file": file}, {"train_file": file}):
+        _, evaluation = load_documents(resolve("bundled", given))
+        assert evaluation.answers == {} and evaluation.held_out == ("eval_file" not in given)
+    assert load_documents(resolve("bundled", {"eval_fraction": 0}))[1] is None
 
 
 def test_a_prompt_has_one_answer():

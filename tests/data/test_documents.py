@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import datasets
 import pyarrow as pa
@@ -11,9 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from mlm_scratch.config import changed, resolve
-from mlm_scratch.data.documents import load_documents
+from mlm_scratch.data.documents import count_shared, load_documents
+from mlm_scratch.parallel.ranks import ALONE
+from mlm_scratch.run.build import load
 from mlm_scratch.util.errors import UserError
-from tests.support.tiny import SENTENCES, text_config, write_text
+from tests.support.tiny import SENTENCES, small_config, text_config, write_text
 
 
 def write_gz(path):
@@ -210,3 +213,14 @@ def test_a_data_set_has_its_own_text_to_evaluate_on(with_splits, name):
 def test_what_to_evaluate_on_is_named_once(tmp_path, given, message):
     with pytest.raises(UserError, match=message):
         resolve("tutorial", {"train_file": ("a.txt",), **given})
+
+
+def test_documents_on_both_sides_are_counted_and_named(files, tmp_path, capsys):
+    """Word for word; empty ones are not text that a model could remember."""
+    write_text(tmp_path / "a.txt", [*SENTENCES, "", "", SENTENCES[0]])
+    write_text(tmp_path / "b.txt", [SENTENCES[0], SENTENCES[0], SENTENCES[1], "new", "", "Water"])
+    both = load_documents(text_config(tmp_path / "a.txt", eval_file=(str(tmp_path / "b.txt"),)))
+    assert count_shared(*both) == 3 and count_shared(both[0], replace(both[0])) == 7
+    config = small_config(files, train_file=(str(tmp_path / "a.txt"),))
+    load(changed(config, eval_file=(str(tmp_path / "b.txt"),)), None, ALONE)
+    assert ", 3 of them also in the training text\n" in capsys.readouterr().out

@@ -159,7 +159,7 @@ def test_a_run_with_new_words_trains_saves_and_resumes(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "cannot read"), ("\n \n", "has no words"), (b"\xff\xfe", "cannot")]
+    "content, message", [(None, "no such file"), ("\n \n", "has no words"), (b"\xff\xfe", "cannot")]
 )
 def test_a_file_without_words_is_reported(files, tmp_path, content, message):
     path = tmp_path / "words.txt"

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from mlm_scratch.inference.generate import generate
 from mlm_scratch.inference.joint import ORDERS, fill_jointly
 from mlm_scratch.inference.score import score_sentence
 from tests.support.tiny import byte_level_tokenizer, roberta
@@ -52,6 +53,18 @@ def test_beam_search_finds_the_best_of_all_pairs(model, order):
     # Each mask by itself, as in the pipeline, has other fills.
     alone = [log_p(model, ids, position).argmax().item() for position in masks]
     assert alone != fills[0].tokens
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_id_without_a_token_is_no_fill(order):
+    """Embeddings padded to a multiple of 64: 56 ids that the tokenizer does not have."""
+    torch.manual_seed(3)
+    padded = roberta(TOKENIZER, vocab_size=len(TOKENIZER) + 56).eval()
+    padded.lm_head.bias.data[len(TOKENIZER) :] = 9.0  # the most probable ones
+    for fill in fill_jointly(padded, TOKENIZER, TEXT, order, top_k=20):
+        assert max(fill.tokens) < len(TOKENIZER)
+    *_, last = generate(padded, TOKENIZER, "The", 6)
+    assert last.startswith("The") and len(TOKENIZER(last)["input_ids"]) > 3
 
 
 def test_impossible_fills_are_not_returned(model):

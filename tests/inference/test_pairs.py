@@ -1,5 +1,6 @@
 """Minimal pairs: the formats that are read, the verdicts, and their interval."""
 
+import csv
 import json
 
 import pytest
@@ -42,19 +43,36 @@ def test_every_format_is_read(tmp_path):
     assert blimp == (BLIMP["sentence_good"], BLIMP["sentence_bad"], "adjunct_island")
     (plain,) = read_pairs(write(tmp_path / "e.tsv", "good one\tbad one"))
     assert plain.phenomenon == "all pairs"
+    assert read_pairs(write(tmp_path / "f.txt", "\n".join(rows))) == PAIRS
+    assert read_pairs(write(tmp_path / "g.json", json.dumps([pair._asdict() for pair in PAIRS])))
+    with (tmp_path / "h.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("Bad", "GOOD", "UID"), *((b, a, c) for a, b, c in PAIRS)])
+    assert read_pairs(str(tmp_path / "h.csv")) == PAIRS
+
+
+@pytest.mark.parametrize("phenomenon", [0, "0", 1, "agreement"])
+def test_any_name_is_a_phenomenon(tmp_path, phenomenon):
+    row = {"good": "a", "bad": "b", "phenomenon": phenomenon}
+    (pair,) = read_pairs(write(tmp_path / "a.jsonl", json.dumps(row)))
+    assert pair.phenomenon == str(phenomenon)
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
         ("a.tsv", "only one\n", "line 1 of .*a.tsv has no good and bad sentence"),
-        ("a.tsv", "", "has no pairs"),
+        ("a.tsv", "sentence1\tsentence2\nA b\tA c", "line 2 of .* but sentence1, sentence2: name"),
+        ("a.tsv", "acceptable\tunacceptable\nA b\tA c", "the columns good or sentence_good and"),
+        ("a.pairs", "A b\tA c", "unknown kind of file; use .csv, .tsv, .txt, .jsonl, .json"),
+        ("a.jsonl", '{"good": NaN, "bad": "b"}', "line 1 of .* has no good and"),
+        ("a.tsv", "", "the file is empty"),
+        ("a.tsv", "\n\n", "has no pairs"),
         ("a.jsonl", '{"good": "a", "bad": "b"}\n{"good": "a"}', "line 2 of .* has no good and"),
-        ("a.jsonl", "[1]", "line 1 is not a JSON object"),
-        ("a.jsonl", "[" * 200_000, "line 1 is not JSON"),
+        ("a.jsonl", "[1]", "line 1 of .* is not a JSON object"),
+        ("a.jsonl", "[" * 200_000, "line 1 of .* is not JSON"),
         ("a.tsv", "good\tbad\n\t b", "line 2 of .*a.tsv has no good and bad sentence"),
-        ("a.jsonl", "{", "line 1 is not JSON"),
-        ("none.tsv", None, "cannot read"),
+        ("a.jsonl", "{", "line 1 of .* is not JSON"),
+        ("none.tsv", None, "no such file"),
     ],
 )
 def test_what_is_no_pair_is_reported(tmp_path, name, content, message):
@@ -74,10 +92,10 @@ def test_the_verdict_is_that_of_the_scores(method):
         for text in pair[:2]
     }
     both_ways = [*PAIRS, *(Pair(bad, good, "swapped") for good, bad, _ in PAIRS)]
-    right = judge(model, tokenizer, both_ways, method)
-    assert right["agreement"] == [total[PAIRS[0].good] > total[PAIRS[0].bad]]
-    assert right["swapped"] == [not right["agreement"][0], not right["quotes"][0]]
-    assert judge(model, tokenizer, [Pair("the same", "the same")], method) == {"all pairs": [False]}
+    gains = judge(model, tokenizer, both_ways, method)
+    assert gains["agreement"] == [total[PAIRS[0].good] - total[PAIRS[0].bad]]
+    assert gains["swapped"] == [-gains["agreement"][0], -gains["quotes"][0]]
+    assert judge(model, tokenizer, [Pair("the same", "the same")], method) == {"all pairs": [0.0]}
 
 
 def test_all_pairs_are_checked_before_one_is_scored(monkeypatch):
@@ -92,11 +110,13 @@ def test_all_pairs_are_checked_before_one_is_scored(monkeypatch):
 
 
 def test_the_table_has_a_line_per_phenomenon():
-    *rows, last = lines_of({"a": [True] * 9 + [False], "longer": [False]})
-    assert rows[1].split()[:4] == ["a", "9", "10", "0.900"] and rows[2].split()[3] == "0.000"
-    assert last.split()[:4] == ["all", "9", "11", "0.818"]
-    alike = lines_of({"a" * 70 + "b": [True], "a" * 70 + "c": [False], "all": [True]})
-    assert [line.split()[1:3] for line in alike][1:] == [[*"11"], [*"01"], [*"11"], [*"23"]]
+    """A tie is in a column of its own, and not right."""
+    *rows, last = lines_of({"a": [0.5] * 9 + [-2.0], "longer": [0.0]})
+    assert rows[1].split()[:5] == ["a", "9", "0", "10", "0.900"]
+    assert rows[2].split()[:5] == ["longer", "0", "1", "1", "0.000"]
+    assert last.split()[:5] == ["all", "9", "1", "11", "0.818"]
+    alike = lines_of({"a" * 70 + "b": [1.0], "a" * 70 + "c": [-1.0], "all": [1.0]})
+    assert [line.split()[1:4:2] for line in alike][1:] == [[*"11"], [*"01"], [*"11"], [*"23"]]
 
 
 def test_the_command_prints_the_table(files, call, tmp_path):

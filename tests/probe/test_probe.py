@@ -115,10 +115,12 @@ def test_an_encoder_needs_no_head(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "cannot read"),
+        (None, "no such file"),
         ("text,label\na,b\n", "has 1 texts with 1 different labels"),
-        ("text,kind\na,b\n", "lacks the column 'label'"),
-        ("text,label\na\nb,c\n", "has a row without a text or a label"),
+        ("text,kind\na,b\n", "a.csv has no label, but text, kind: see --text-column"),
+        ("text,label\na\nb,c\n", "a.csv has no label, but text: see --text-column"),
+        ("text,label\na,\nb,c\n", "line 2 of"),
+        ('text,label\n"a,b\nb,c\n', "line 2 of"),
     ],
 )
 def test_what_cannot_be_probed_is_reported(tmp_path, call, content, message):

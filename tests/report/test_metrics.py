@@ -1,8 +1,13 @@
 """metrics.jsonl across a resume."""
 
+import json
+import math
 from pathlib import Path
 
+import pytest
+
 from mlm_scratch.config import changed
+from mlm_scratch.report.metrics import as_json, read_metrics
 from mlm_scratch.run.session import train
 from tests.support.tiny import small_config
 
@@ -18,3 +23,21 @@ def test_unreadable_metrics_are_dropped_with_a_warning(files, capsys):
     assert warning in capsys.readouterr().err
     kept = path.read_text()
     assert kept.startswith("".join(lines[:3])) and "garbage" not in kept
+
+
+def test_numbers_that_json_does_not_have_are_null_and_come_back(tmp_path):
+    lines = [
+        {"loss": math.nan, "grad_norm": math.inf},
+        {"eval_loss": 800.0, "perplexity": math.inf, "eval_accuracy": 0.5},
+        {"watch": [{"text": "A <mask>.", "fill": "", "p": math.nan}]},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(as_json, lines)))
+
+    def no_constants(name):
+        pytest.fail(f"{name} is not JSON")
+
+    for line in (tmp_path / "metrics.jsonl").open():
+        json.loads(line, parse_constant=no_constants)
+    lost, huge, watch = read_metrics(tmp_path)
+    assert math.isnan(lost["loss"]) and math.isnan(lost["grad_norm"])
+    assert huge == lines[1] and math.isnan(watch["watch"][0]["p"])

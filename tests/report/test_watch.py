@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import BertForMaskedLM
+from tokenizers.normalizers import NFKC, Sequence
+from torch.nn.functional import one_hot
+from transformers import BertForMaskedLM, BertTokenizer
 
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
-from mlm_scratch.parallel.ranks import ALONE
 from mlm_scratch.report.metrics import read_metrics
-from mlm_scratch.report.watch import fill_watched, read_watched, watched_line
+from mlm_scratch.report.watch import fill_watched, read_watched, short, watched_line
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
@@ -30,7 +31,7 @@ SPIRAL = "The Milky Way is a [spiral] galaxy."
 
 
 def fill(texts, model, tokenizer):
-    return fill_watched(model, tokenizer, read_watched(texts, model, tokenizer), ALONE)
+    return fill_watched(model, tokenizer, read_watched(texts, model, tokenizer))
 
 
 def test_fills_and_answers_equal_fill_mask():
@@ -74,6 +75,50 @@ def test_an_answer_of_several_tokens_gets_as_many_masks():
     assert each["p"] == pytest.approx(math.prod(fills[0]["score"] for fills in of_masks))
 
 
+def uncased_with_normalization():
+    """Lower case, NFKC, numbers and abbreviations cut at every sign."""
+    words = ["the", "capital", "is", "paris", "rome", "u", "s", "3", "000", "fish", ".", ","]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = BertTokenizer(
+        vocab={token: id for id, token in enumerate([*special, *words])}, do_lower_case=True
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([NFKC(), backend.normalizer])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "answer, tokens",
+    [
+        ("Paris", ["paris"]),
+        ("ROME", ["rome"]),
+        (" Rome ", ["rome"]),
+        ("U.S.", ["u", ".", "s", "."]),
+        ("3,000", ["3", ",", "000"]),
+        ("\N{LATIN SMALL LIGATURE FI}sh", ["fish"]),
+    ],
+)
+def test_the_ids_decide_whether_a_fill_is_right(answer, tokens, monkeypatch):
+    """Not its spelling, in which an uncased or normalizing tokenizer cannot answer."""
+    tokenizer = uncased_with_normalization()
+    model = BertForMaskedLM(bert_config(vocab_size=len(tokenizer)))
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    for wanted, right in ((ids, True), ([tokenizer.vocab["the"]] * len(ids), False)):
+        logits = one_hot(torch.tensor([wanted]), len(tokenizer)).float()  # (1, M, V)
+        monkeypatch.setattr("mlm_scratch.report.watch.logits_at", lambda *_, logits=logits: logits)
+        (each,) = fill((f"The capital is [{answer}]",), model, tokenizer)
+        assert each["right"] == right and short(each).endswith(": right") == right
+        assert each["answer"] == answer.strip()
+
+
+def test_a_model_that_outputs_nan_fills_nothing(files):
+    model, tokenizer = load_model(files / "model"), load_tokenizer(files / "model")
+    model.lm_head.bias.data.fill_(math.nan)
+    (each,) = fill((SPIRAL,), model, tokenizer)
+    assert each["fill"] == "" and not each["right"]
+    assert watched_line(each) == f"    {SPIRAL}  no fill: the model outputs NaN"
+
+
 @pytest.mark.parametrize("kind", [sentencepiece, sentencepiece_with_its_mask_outside])
 def test_the_answers_own_tokens_are_masked(kind):
     """Where a sentence with a mask in it would have other tokens around: a space after the mask."""
@@ -91,9 +136,10 @@ def test_the_answers_own_tokens_are_masked(kind):
 
 
 def test_the_line_says_whether_it_is_right():
-    right = {"text": SPIRAL, "fill": "spiral", "p": 0.98, "answer": "spiral", "answer_p": 0.98}
+    answer = {"answer": "spiral", "answer_p": 0.98, "right": True}
+    right = {"text": SPIRAL, "fill": "spiral", "p": 0.98, **answer}
     assert watched_line(right) == f"    {SPIRAL}  spiral (0.98): right"
-    wrong = right | {"fill": "the", "p": 0.31, "answer_p": 0.00123}
+    wrong = right | {"fill": "the", "p": 0.31, "answer_p": 0.00123, "right": False}
     assert watched_line(wrong) == f"    {SPIRAL}  the (0.31), not spiral (0.0012)"
     assert watched_line({"text": "A <mask>.", "fill": "b", "p": 0.5}) == "    A <mask>.  b (0.50)"
 

@@ -69,14 +69,14 @@ def test_the_card_tells_all_and_nobodys_name(home, call, monkeypatch):
         ("bundled", {"seed": 1}, " --seed 1"),
         ("tutorial", {"dataset": "a/b"}, " --dataset a/b"),
         ("bundled", {"seed": 0, "eval_every": 0, "lr": 1.0}, " --lr 1.0 --seed 0 --eval-every 0"),
-        ("tutorial", {"model": "bundled", "init": "scratch"}, " --model bundled --init scratch"),
+        ("tutorial", {"model": "bundled", "init": "scratch"}, " --model bundled"),
         (
             "tutorial",
             {"dataset": "a/b", "eval_fraction": 0.2},
             " --dataset a/b --eval-fraction 0.2",
         ),
         ("bundled", {"train_file": ("/x/y z.txt",)}, " --train-file 'y z.txt'"),
-        ("bundled", {"model": "a/b", "compile": True}, " --model a/b --init pretrained --compile"),
+        ("bundled", {"model": "a/b", "compile": True}, " --model a/b --compile"),
         (
             "tutorial",
             {"train_file": ("a.txt",), "streaming": True, "max_steps": 5},
@@ -102,11 +102,11 @@ def test_the_model_is_there_whatever_fails_after_it(files, monkeypatch, part):
     assert Path("run/report.html").is_file() and Path("run/model/README.md").is_file()
 
 
-@pytest.mark.parametrize("name", ["bundled", "."])
+@pytest.mark.parametrize("name", ["./bundled", "."])
 def test_any_directory_may_hold_the_model(files, call, monkeypatch, tmp_path, name):
     """Also one called as the built-in model is, or a path that is part of any other."""
     shutil.copytree(files / "model", tmp_path / "bundled")
-    monkeypatch.chdir(tmp_path if name == "bundled" else tmp_path / name / "bundled")
+    monkeypatch.chdir(tmp_path if name == "./bundled" else tmp_path / name / "bundled")
     flags = [*small_flags(files)[2:], "--max-steps", 1, "--output-dir", tmp_path / "run of $x"]
     code, out, err = call(command, "--model", name, *flags)
     assert code == 0, err
@@ -115,8 +115,20 @@ def test_any_directory_may_hold_the_model(files, call, monkeypatch, tmp_path, na
     assert "- training: a.txt (version " in card and "--model ./bundled" in card
 
 
+def test_a_directory_called_bundled_is_not_the_built_in_model(files, call, monkeypatch, tmp_path):
+    """Nor the built-in text: not even where a run of that name is."""
+    shutil.copytree(files / "model", tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--max-steps", 1, "--device", "cpu", "--precision", "fp32", "--no-eval-first"]
+    code, out, err = call(command, "--model", "bundled", *small_flags(files)[2:], "--max-steps", 1)
+    assert code == 0 and "model: ModernBertForMaskedLM (bundled, scratch)" in out, err
+    text = ["--dataset", "bundled", "--eval-fraction", 0, "--block-size", 16]
+    code, out, err = call(command, "--model", files / "model", *text, *flags)
+    assert code == 0 and "documents of the bundled corpus" in out, err
+
+
 def test_the_card_of_the_bundled_model():
-    results = {"step": 0, "before": {}, "after": {}}
+    results = {"step": 0, "before": {}, "after": {}, "answers": {}}
     card = model_card(resolve("bundled", {}), {}, 48, results, [])
     assert "It has the shape of a small ModernBERT and starts from random weights" in card
 
@@ -129,7 +141,7 @@ def test_the_card_of_models_and_data_of_the_hub():
         {"step": step, "epoch": 1.0, "eval_loss": 2.0, "perplexity": 7.4, "eval_accuracy": 0.5}
         for step in range(0, 501, 2)
     ]
-    results = {"step": 500, "before": lines[0], "after": lines[-1]}
+    results = {"step": 500, "before": lines[0], "after": lines[-1], "answers": {}}
     card = ModelCard(model_card(config, {"training": "text"}, 8, results, lines))
     assert card.data.base_model == config.model.name and card.data.datasets == [config.text.dataset]
     rows = [line for line in card.content.splitlines() if line.startswith("| ")]

@@ -9,6 +9,7 @@ to copy the masked word from, so the model must remember it.
 """
 
 import random
+import re
 from collections.abc import Iterator
 
 from mlm_scratch.data.corpus.facts import TABLES, Table
@@ -21,7 +22,7 @@ SEED = 0
 def fill(template: str, table: Table, fact: tuple[str, ...]) -> str:
     """Put the values of one fact into a phrasing or question, with a capital letter in front."""
     text = template.format(**dict(zip(table.columns, fact, strict=True)))
-    return text[0].upper() + text[1:]
+    return re.sub(r"\w", lambda first: first[0].upper(), text, count=1)
 
 
 def held_out(table: Table, fact_number: int) -> int:
@@ -48,6 +49,20 @@ def unseen_sentences() -> Iterator[tuple[str, str]]:
     for table in TABLES:
         for number, fact in enumerate(table.facts):
             yield fill(table.phrasings[held_out(table, number)], table, fact), fact[-1]
+
+
+def unseen_prompts(chose: bool) -> Iterator[str]:
+    """Yield the unseen sentences of half of the facts, each with its answer in brackets.
+
+    Args:
+        chose: the half by which the recipe was chosen, every other fact of a table from the first
+            on; or the other half, which reports.
+    """
+    for table in TABLES:
+        for number, fact in enumerate(table.facts):
+            if (number % 2 == 0) == chose:
+                bracketed = (*fact[:-1], f"[{fact[-1]}]")
+                yield fill(table.phrasings[held_out(table, number)], table, bracketed)
 
 
 def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
