@@ -29,6 +29,7 @@ from mlm_scratch.data.files import (
     no_column,
 )
 from mlm_scratch.data.tables import kind_of
+from mlm_scratch.hf.hub import why_not_found
 from mlm_scratch.util.errors import UserError, shortened
 
 VALIDATION = "validation"  # `datasets` calls a split so whose files are named dev, val or valid
@@ -329,9 +330,14 @@ def _load_dataset(text: TextSettings, revision: str | None) -> tuple[Rows, str]:
             revision = resolve_revision(
                 text.dataset, revision=revision, repo_type="dataset"
             ).resolved
-        rows = datasets.load_dataset(
-            text.dataset, text.dataset_config, revision=revision, **options
-        )
+        try:
+            rows = datasets.load_dataset(
+                text.dataset, text.dataset_config, revision=revision, **options
+            )
+        except Exception as error:
+            if reason := why_not_found("data set", text.dataset, error):
+                raise UserError(f"cannot load data set {text.dataset}: {reason}") from error
+            raise
         return rows, str(revision) if text.streaming else _commit_of(rows, text.dataset)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     version = "" if text.streaming else contents_key("directory", files)

@@ -129,6 +129,26 @@ def _as_text(value: Any) -> str:
     return json.dumps(value)
 
 
+def read_words(path: str) -> list[str]:
+    """Read a .txt file with a word per line, or a table with one column, without duplicates.
+
+    Raises:
+        UserError: the file cannot be read, or a line has more than a word.
+    """
+    words = []
+    try:
+        for number, values in read_table(path, ["word"], header=kind_of(path, KINDS) != "tabs"):
+            if len(values) != 1:
+                raise UserError(f"line {number} of {path} has {len(values)} fields instead of one")
+            words += [value.strip() for value in values.values()]
+    except UserError as error:
+        raise UserError(f"--add-tokens: {error}") from error
+    words = list(dict.fromkeys(words))
+    if not words:
+        raise UserError(f"--add-tokens: {path} has no words")
+    return words
+
+
 # ---- Files of any kind (files.py uses these, too) ------------------------------------------------
 
 

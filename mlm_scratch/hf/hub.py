@@ -102,6 +102,34 @@ def model_commit(name: str, revision: str | None) -> str | None:
         return None
 
 
+def why_not_found(kind: str, name: str, error: BaseException | None) -> str | None:
+    """Explain that nothing has this name, neither here nor on the Hub; None: it is something else.
+
+    Args:
+        kind: "model" or "data set".
+        name: as typed.
+        error: what a library raised for it.
+    """
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if os.path.exists(name):
+        return None
+    reason = f"there is no directory {name}"
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # no name on the Hub looks like that
+        return reason
+    if is_offline_mode():
+        return f"{reason}, the Hub does not answer, and no {kind} of that name is cached completely"
+    while error is not None:
+        if type(error).__name__ in ("RepositoryNotFoundError", "DatasetNotFoundError"):
+            return f"{reason}, and the Hub has no {kind} of that name, or a private one"
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def go_offline() -> None:
     """Keep this process and its children from contacting the Hub from now on.
 

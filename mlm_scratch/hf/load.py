@@ -16,20 +16,25 @@ from transformers.utils.logging import set_verbosity_error
 
 from mlm_scratch.config import BUNDLED, TrainConfig
 from mlm_scratch.hf.checks import check_fit, longest_input
-from mlm_scratch.hf.new_words import add_words, read_words
+from mlm_scratch.hf.hub import why_not_found
+from mlm_scratch.hf.new_words import add_words
 from mlm_scratch.hf.small_modernbert import small_modernbert_config, train_tokenizer
 from mlm_scratch.util.errors import UserError, first_line
 from mlm_scratch.util.runs import MODEL, RUN_JSON
 
 
 def load_tokenizer_and_model(
-    config: TrainConfig, texts: Iterable[str], checkpoint: Path | None = None
+    config: TrainConfig,
+    texts: Iterable[str],
+    new_words: list[str],
+    checkpoint: Path | None = None,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load or build the tokenizer and the model (fp32, in train mode) that `config` names.
 
     Args:
         config: the settings of the run.
         texts: read only for the bundled model, whose tokenizer is trained on them.
+        new_words: each becomes a token.
         checkpoint: load both from there instead, to resume a run.
 
     Raises:
@@ -46,8 +51,8 @@ def load_tokenizer_and_model(
         tokenizer = load_tokenizer(config.model.name, revision)
         model = load_model(config.model.name, config.model.init, revision=revision)
     check_fit(tokenizer, model, config.model.name)
-    if config.model.add_tokens is not None and checkpoint is None:
-        tokenizer = add_words(tokenizer, model, read_words(config.model.add_tokens))
+    if new_words and checkpoint is None:
+        tokenizer = add_words(tokenizer, model, new_words)
     if model.config.is_encoder_decoder:  # a decoder would learn to copy the input
         raise UserError(f"{config.model.name} has a decoder: choose an encoder-only model")
     limit = longest_input(tokenizer, model)
@@ -135,4 +140,11 @@ def _check_missing(name: str | Path, missing: list[str], encoder: str, init: str
 def _cannot_load(what: str, name: str | Path, error: Exception) -> str:
     if os.path.isfile(os.path.join(name, RUN_JSON)):
         return f"{name} is a run directory: pass {name}/{MODEL} or one of its checkpoints"
-    return f"cannot load a {what} from {name}: {first_line(error)}"
+    reason = why_not_found("model", str(name), error) or first_line(error)
+    if os.path.isfile(name):
+        reason = "it is a file: pass the directory that it is in"
+    elif inner := [*Path(name).glob("*_Transformer/config.json")]:
+        reason = f"its files are in a folder of sentence-transformers: pass {inner[0].parent}"
+    elif "instantiate the backend tokenizer" in reason:
+        reason = "it has no files of a tokenizer, such as tokenizer.json"
+    return f"cannot load a {what} from {name}: {reason}"

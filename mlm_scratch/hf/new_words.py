@@ -19,33 +19,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlm_scratch.data.tables import KINDS, kind_of, read_table
+from mlm_scratch.hf.checks import longest_input
 from mlm_scratch.util.errors import UserError, shortened
 
 OWN_SETTINGS = {  # a tokenizer's arguments that describe its files, not its behaviour
     *("vocab", "merges", "vocab_file", "merges_file", "tokenizer_file", "tokenizer_object"),
     *("name_or_path", "added_tokens_decoder"),
 }
-
-
-def read_words(path: str) -> list[str]:
-    """Read a .txt file with a word per line, or a table with one column, without duplicates.
-
-    Raises:
-        UserError: the file cannot be read, or a line has more than a word.
-    """
-    words = []
-    try:
-        for number, values in read_table(path, ["word"], header=kind_of(path, KINDS) != "tabs"):
-            if len(values) != 1:
-                raise UserError(f"line {number} of {path} has {len(values)} fields instead of one")
-            words += [value.strip() for value in values.values()]
-    except UserError as error:
-        raise UserError(f"--add-tokens: {error}") from error
-    words = list(dict.fromkeys(words))
-    if not words:
-        raise UserError(f"--add-tokens: {path} has no words")
-    return words
 
 
 def add_words(
@@ -97,7 +77,19 @@ def add_words(
                 f"--add-tokens: {shortened(token)} cannot be added to a {kind} tokenizer"
             )
     _extend_weights(model, first_id, [*pieces.values()])
+    extended.model_max_length = longest_input(tokenizer, model)
     return extended
+
+
+def how_to_load(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say what loads a tokenizer with new words; "" if every class does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not getattr(getattr(backend, "model", None), "ignore_merges", False):
+        return ""
+    return (
+        "load its tokenizer with AutoTokenizer or the tokenizers library: RobertaTokenizer and "
+        "other classes of one kind drop ignore_merges, and cut the new words again"
+    )
 
 
 def _as_one_token(backend: Tokenizer, kind: str, spelling: str) -> str | None:

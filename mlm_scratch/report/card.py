@@ -38,6 +38,7 @@ def model_card(
     rows_per_step: int,
     results: dict[str, Any],
     lines: list[dict[str, Any]],
+    how_to_load: str = "",
 ) -> str:
     """Write the card.
 
@@ -47,6 +48,7 @@ def model_card(
         rows_per_step: of all ranks and accumulated batches.
         results: what Report.results returned.
         lines: those of metrics.jsonl.
+        how_to_load: a sentence on it, without a full stop, if not everything loads the tokenizer.
     """
     config, names = without_directories(config)
     for path, last_part in names.items():
@@ -57,6 +59,7 @@ def model_card(
         _front_matter(config),
         f"# {name}, trained{'' if config.model.init == 'scratch' else ' further'} as a masked-LM",
         _text(config, name, sources),
+        as_markdown(f"{how_to_load[:1].upper()}{how_to_load[1:]}." if how_to_load else ""),
         _outcome(results),
         f"![Losses over the steps]({PICTURE})",
         _evaluations(lines),

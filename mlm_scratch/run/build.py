@@ -14,6 +14,7 @@ from mlm_scratch.config import ModelSettings, TrainConfig, changed
 from mlm_scratch.data.documents import count_shared, load_documents
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
+from mlm_scratch.data.tables import read_words
 from mlm_scratch.hf.checks import sparse_head_works, unused_parameters
 from mlm_scratch.hf.hub import model_commit
 from mlm_scratch.hf.load import load_tokenizer_and_model
@@ -139,9 +140,12 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         commit = model_commit(config.model.name, config.model.revision)
         config = changed(config, model_commit=commit)
     documents, eval_documents = load_documents(config)
+    words = (
+        read_words(config.model.add_tokens) if config.model.add_tokens and not checkpoint else []
+    )
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
     texts = islice(documents, TEXTS_OF_TOKENIZER) if config.text.streaming else documents
-    tokenizer, hf_model = load_tokenizer_and_model(config, texts, checkpoint)
+    tokenizer, hf_model = load_tokenizer_and_model(config, texts, words, checkpoint)
     source: Source
     if config.text.streaming:
         source = ShardedStream(documents, tokenizer, config, ranks)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.hf.load import load_model
+from mlm_scratch.hf.new_words import how_to_load
 from mlm_scratch.report.card import command_line, model_card, settings
 from mlm_scratch.report.first_row import first_row_lines
 from mlm_scratch.report.log import Report, answers_line, summary
@@ -59,7 +60,8 @@ def leave_behind(t: Training, report: Report) -> None:
     }
     if results["steps"] == 0:  # a finished run, resumed
         results |= _time_and_speed_before(t.run_dir)
-    card = model_card(t.config, t.labels, t.loader.rows_per_step, results, lines)
+    advice = how_to_load(t.tokenizer) if t.config.model.add_tokens else ""
+    card = model_card(t.config, t.labels, t.loader.rows_per_step, results, lines, advice)
     (t.run_dir / MODEL / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(t.run_dir / PICTURE, t.run_dir / MODEL)
     write_text(t.run_dir / RESULTS, as_json(results, indent=2))
@@ -76,6 +78,8 @@ def leave_behind(t: Training, report: Report) -> None:
     print(summary(results))
     if line := answers_line(results):
         print(line)
+    if advice:
+        print(f"new words: {advice}")
     if fills := before_and_after(results):
         before, after = results["before"]["step"], results["after"]["step"]
         print(f"fills after {before:,} steps, and after {after:,}:")

@@ -219,8 +219,9 @@ def test_documents_on_both_sides_are_counted_and_named(files, tmp_path, capsys):
     """Word for word; empty ones are not text that a model could remember."""
     write_text(tmp_path / "a.txt", [*SENTENCES, "", "", SENTENCES[0]])
     write_text(tmp_path / "b.txt", [SENTENCES[0], SENTENCES[0], SENTENCES[1], "new", "", "Water"])
-    both = load_documents(text_config(tmp_path / "a.txt", eval_file=(str(tmp_path / "b.txt"),)))
+    eval_file = (str(tmp_path / "b.txt"),)
+    both = load_documents(changed(text_config(tmp_path / "a.txt"), eval_file=eval_file))
     assert count_shared(*both) == 3 and count_shared(both[0], replace(both[0])) == 7
-    config = small_config(files, train_file=(str(tmp_path / "a.txt"),))
-    load(changed(config, eval_file=(str(tmp_path / "b.txt"),)), None, ALONE)
+    config = small_config(files, train_file=(str(tmp_path / "a.txt"),), grouping="lines")
+    load(changed(config, eval_file=eval_file), None, ALONE)
     assert ", 3 of them also in the training text\n" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """What can be loaded, and what is reported where it cannot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -11,11 +13,19 @@ from transformers import (
     ElectraForPreTraining,
 )
 
+from mlm_scratch.config import resolve
+from mlm_scratch.data.documents import load_documents
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
-from tests.support.tiny import bert_config, byte_level_tokenizer, roberta, small_config
+from tests.support.tiny import (
+    bert_config,
+    byte_level_tokenizer,
+    roberta,
+    save_roberta,
+    small_config,
+)
 
 
 def test_loading_returns_what_was_saved_in_fp32(tmp_path):
@@ -53,6 +63,10 @@ def no_config(directory):
     (directory / "readme.txt").write_text("nothing here")
 
 
+def in_a_folder_of_sentence_transformers(directory):
+    save_roberta(directory / "0_Transformer")
+
+
 @pytest.mark.parametrize(
     "write, message",
     [
@@ -61,6 +75,7 @@ def no_config(directory):
         (no_weights, "cannot load a model"),
         (not_a_masked_lm, "cannot load a model"),
         (no_config, "cannot load a model"),
+        (in_a_folder_of_sentence_transformers, "sentence-transformers: pass .*/0_Transformer$"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_is_reported(tmp_path, write, message):
@@ -70,8 +85,30 @@ def test_a_model_that_cannot_be_loaded_is_reported(tmp_path, write, message):
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_reported(tmp_path):
-    with pytest.raises(UserError, match="cannot load a tokenizer from"):
-        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="it has no files of a tokenizer, such as"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("/no/such/directory", "there is no directory /no/such/directory$"),
+        ("../mistyped", "there is no directory ../mistyped$"),
+        ("runs/bundled/model", "there is no directory runs/bundled/model$"),
+        ("mistyped", "no directory mistyped, the Hub does not answer, and no {} of that name is"),
+        ("some/directory", "no directory some/directory, the Hub does not answer, and no {} of"),
+    ],
+)
+def test_a_mistyped_name_is_no_directory(name, message):
+    """Nor anything on the Hub: its clients' own messages speak of connections and ids."""
+    for load in (load_tokenizer, load_model):
+        with pytest.raises(UserError, match=message.format("model")):
+            load(name)
+    with pytest.raises(UserError, match=message.format("data set")):
+        load_documents(resolve("tutorial", {"dataset": name}))
+    Path("a_file").touch()
+    with pytest.raises(UserError, match="a_file: it is a file: pass the directory"):
+        load_model("a_file")
 
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -10,15 +10,17 @@ from transformers import (
     DebertaV2ForMaskedLM,
     DebertaV2Tokenizer,
     PreTrainedTokenizerFast,
+    RobertaTokenizer,
     XLMRobertaConfig,
     XLMRobertaForMaskedLM,
     XLMRobertaTokenizer,
 )
 
 from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.hf.checks import longest_input
 from mlm_scratch.hf.encode import spell_target
 from mlm_scratch.hf.load import load_model, load_tokenizer
-from mlm_scratch.hf.new_words import add_words
+from mlm_scratch.hf.new_words import add_words, how_to_load
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.session import train
@@ -112,6 +114,30 @@ def test_a_new_word_is_a_word(tmp_path, kind):
     assert fill["token"] == id and fill["sequence"].lower().startswith(f"the {word} is a")
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_all_that_is_said_to_load_the_new_words_gives_the_same_ids(tmp_path, kind):
+    """AutoTokenizer, the tokenizers library, and what each of the two saves again."""
+    words = ["misunderstand"] if kind is untied_wordpiece else ["chloroplasts", "unable"]
+    old, model = kind()
+    tokenizer = add_words(old, model, words)
+    text = f"The {words[0]} is a {words[-1]}, ({words[0]})."
+    expected = tokenizer(text)["input_ids"]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert loaded.model_max_length == longest_input(old, model) < 100
+    loaded.save_pretrained(tmp_path / "again")
+    library = Tokenizer.from_file(str(tmp_path / "saved/tokenizer.json"))
+    library.save(str(tmp_path / "library.json"))
+    assert loaded(text)["input_ids"] == expected
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(text)["input_ids"] == expected
+    for file in ("saved/tokenizer.json", "library.json"):
+        assert Tokenizer.from_file(str(tmp_path / file)).encode(text).ids == expected
+    own_class = type(old) if kind is not byte_level else RobertaTokenizer
+    same = own_class.from_pretrained(tmp_path / "saved")(text)["input_ids"] == expected
+    assert same == (how_to_load(loaded) == "")
+    assert how_to_load(old) == ""
+
+
 def test_byte_level_words_are_tokens_with_and_without_a_space_before_them():
     tokenizer = add_words(*byte_level(), ["chloroplasts"])
     for text in ("chloroplasts", " chloroplasts", "(chloroplasts)", "a chloroplasts, b"):
@@ -140,7 +166,7 @@ def test_another_kind_of_tokenizer_is_refused():
         add_words(tokenizer, BertForMaskedLM(bert_config()), ["chloroplasts"])
 
 
-def test_a_run_with_new_words_trains_saves_and_resumes(files, tmp_path):
+def test_a_run_with_new_words_trains_saves_and_resumes(files, tmp_path, capsys):
     """With whole words masked: the new word is one."""
     words, text = tmp_path / "words.txt", tmp_path / "plants.txt"
     write_text(words, ["chloroplasts", "", "chloroplasts", "mitochondria"])
@@ -153,6 +179,8 @@ def test_a_run_with_new_words_trains_saves_and_resumes(files, tmp_path):
     run_dir = train(small_config(files, **settings))
     words.unlink()  # it is not read again
     train(resumed_config(run_dir, {"max_steps": 6}), resume=True)
+    assert "load its tokenizer with AutoTokenizer" in capsys.readouterr().out
+    assert "Load its tokenizer with AutoTokenizer" in (run_dir / "model/README.md").read_text()
     model, tokenizer = load_model(run_dir / "model"), load_tokenizer(run_dir / "model")
     assert model.config.vocab_size == len(tokenizer) == 324
     assert "Ġchloroplasts" in tokenizer.get_vocab()
