@@ -112,7 +112,10 @@ class ModelSettings(Section):
     revision: str | None = _option(
         None, "commit, tag or branch of the model on the Hub, and of the data set"
     )
-    model_commit: str | None = None  # when the run was begun: a resume loads the same
+    # What the run was begun with: a resume loads the same, wherever it lies by then.
+    model_commit: str | None = None  # of the Hub
+    model_digest: str | None = None  # of a directory
+    words_digest: str | None = None  # of the file of new words
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,6 +137,7 @@ class TextSettings(Section):
         None, "commit, tag or branch of the data set, if not that of --revision"
     )
     dataset_commit: str | None = None  # likewise
+    text_digest: str | None = None
     train_file: tuple[str, ...] = _option(
         (),
         "train on these files instead: .txt (a document per line), .jsonl, .csv or .parquet, "
@@ -289,6 +293,7 @@ class EvaluationSettings(Section):
         "evaluate on this split of the data set; default for other data sets than the recipe's: "
         "validation, if there is one and neither --eval-file nor --eval-fraction is named",
     )
+    eval_digest: str | None = None  # likewise
     eval_fraction: float | None = _option(
         HELD_OUT,
         "share of the documents to hold out for evaluation; 0: no evaluation; default for the "

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,16 @@ def _live_as_long_as_the_parent(worker: int) -> None:
 
 
 def _digest(text: TextSettings) -> str:
-    """Digest what is known of a stream without reading it: its name, the sizes of its files."""
-    names = [text.dataset, text.dataset_config, text.split]
-    sizes = [(os.path.basename(path), os.path.getsize(path)) for path in text.train_file]
-    return hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()
+    """Digest what is known of a stream without reading it, wherever it lies.
+
+    That is the size and the first mebibyte of its files, or the name of a data set.
+    """
+    files = [*map(Path, text.train_file)]
+    if not files and text.dataset and os.path.isdir(text.dataset):
+        files = sorted(path for path in Path(text.dataset).rglob("*") if path.is_file())
+    name = text.dataset if not files else None
+    digest = hashlib.sha256(json.dumps([name, text.dataset_config, text.split]).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.stat().st_size.to_bytes(8, "little") + file.read(2**20))
+    return digest.hexdigest()

@@ -5,6 +5,8 @@ half; here a single request gets a few seconds, and if it fails, the clients are
 Does not import torch.
 """
 
+import hashlib
+import json
 import logging
 import os
 import sys
@@ -14,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from mlm_scratch.config import BUNDLED, TUTORIAL
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.runs import MODEL, newest_run, newest_valid_checkpoint
+from mlm_scratch.util.files import checksum
+from mlm_scratch.util.runs import MANIFEST, MODEL, newest_run, newest_valid_checkpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -53,7 +56,7 @@ def go_offline_without_hub(*names: str) -> None:
 
     They then come from the cache or fail immediately, instead of after a minute of retries.
     """
-    if all(os.path.exists(name) or name == BUNDLED for name in names):
+    if all(os.path.isabs(name) or os.path.exists(name) or name == BUNDLED for name in names):
         return
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # reported later, in one line
     if not hub_answers(TUTORIAL.model.name):
@@ -100,6 +103,14 @@ def model_commit(name: str, revision: str | None) -> str | None:
         return resolve_revision(name, revision=revision).resolved
     except (HfHubHTTPError, RevisionResolutionError, ValueError, OSError):
         return None
+
+
+def model_digest(name: str) -> str | None:
+    """Digest configuration, tokenizer and weights of a directory; None for other models."""
+    suffixes = {".json", ".txt", ".model", ".safetensors", ".bin"}
+    files = sorted(path for path in Path(name).glob("*") if path.suffix in suffixes)
+    contents = {path.name: checksum(path) for path in files if path.name != MANIFEST}
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest() if contents else None
 
 
 def why_not_found(kind: str, name: str, error: BaseException | None) -> str | None:

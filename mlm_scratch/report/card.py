@@ -165,7 +165,11 @@ def _shown(value: Any) -> str:
 def without_directories(config: TrainConfig) -> tuple[TrainConfig, dict[str, str]]:
     """Return the settings with the last parts of local paths only, and those parts by path."""
     text, evaluation, model = config.text, config.evaluation, config.model
-    local = [name for name in (model.name, text.dataset) if name and os.path.exists(name)]
+    local = [
+        name
+        for name in (model.name, text.dataset)
+        if name and name != BUNDLED and (os.path.isabs(name) or os.path.exists(name))
+    ]
     local += [*text.train_file, *evaluation.eval_file, *filter(None, [model.add_tokens])]
     names = {path: Path(path).resolve().name for path in local}
     # Not taken for the built-in model or corpus.

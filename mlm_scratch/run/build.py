@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from mlm_scratch.config import ModelSettings, TrainConfig, changed
+from mlm_scratch.config import BUNDLED, ModelSettings, TrainConfig, changed, flat
 from mlm_scratch.data.documents import count_shared, load_documents
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.data.tables import read_words
 from mlm_scratch.hf.checks import sparse_head_works, unused_parameters
-from mlm_scratch.hf.hub import model_commit
+from mlm_scratch.hf.hub import model_commit, model_digest
 from mlm_scratch.hf.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator
 from mlm_scratch.optim import build_optimizer, build_schedule
@@ -25,6 +25,7 @@ from mlm_scratch.parallel.shares import rows_per_step, share_among
 from mlm_scratch.precision import choose_precision
 from mlm_scratch.report.watch import read_answerable, read_watched
 from mlm_scratch.run.checkpoint import load_state
+from mlm_scratch.run.directory import check_same_run
 from mlm_scratch.run.losses import LossMeter
 from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.state import Training, rate_schedule
@@ -36,6 +37,7 @@ from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.util.errors import UserError
+from mlm_scratch.util.files import checksum
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 
@@ -169,6 +171,18 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
             text += f", {shared:,} of them also in the training text"
     print(f"text: {text}")
     config = changed(config, dataset_commit=documents.commit)
+    digests = {
+        "text_digest": source.text_digest,
+        "eval_digest": eval_rows.text_digest if eval_rows is not None else None,
+    }
+    model = config.model
+    if (checkpoint is None or model.model_digest is None) and model.name != BUNDLED:
+        digests["model_digest"] = model_digest(model.name)
+    if model.add_tokens and (checkpoint is None or model.words_digest is None):
+        digests["words_digest"] = checksum(Path(model.add_tokens))
+    begun = flat(config)
+    check_same_run({name: begun[name] for name in digests if begun[name] is not None}, digests)
+    config = changed(config, **digests)
     if config.model.revision and not (config.model.model_commit or config.text.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
     answers = eval_documents.answers if eval_documents is not None else {}

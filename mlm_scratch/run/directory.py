@@ -16,10 +16,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlm_scratch.config import RECIPES, SECTIONS, TUTORIAL, TrainConfig, changed
+from mlm_scratch.hf.hub import model_commit, model_digest
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.files import write_text
+from mlm_scratch.util.files import checksum, write_text
 from mlm_scratch.util.launch import this_launch
-from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS, newest_run
+from mlm_scratch.util.runs import LATEST, MODEL, RUN_JSON, RUNS, checkpoints, newest_run
 
 LOCK = ".lock"
 
@@ -42,6 +43,20 @@ MAY_CHANGE_ON_RESUME = {
     "gradient_checkpointing",
     "no_packing",
     "output_dir",
+    # Where things lie. What they hold is compared instead: CONTENTS.
+    "model",
+    "add_tokens",
+    "dataset",
+    "dataset_commit",
+    "train_file",
+    "eval_file",
+}
+CONTENTS = {
+    "model_commit": "the model",
+    "model_digest": "the model",
+    "words_digest": "the file of --add-tokens",
+    "text_digest": "the training text",
+    "eval_digest": "the evaluation text",
 }
 # What depends on the number of ranks, so that the rows per step stay the same.
 PER_RANK = {"batch_size", "accumulate"}
@@ -133,6 +148,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
         is_new = {name for name, value in changes.items() if value != saved.get(name)}
         is_new |= PER_RANK if is_new & PER_RANK else set()
         changes = {name: value for name, value in changes.items() if name in is_new}
+        changes |= _contents_of(changes, saved)
         saved |= _per_rank(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error
@@ -143,7 +159,36 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
     for name, value in changes.items():
         if name != "output_dir" and saved.get(name) != value:
             print(f"changed: {name} is {value} now, not {saved.get(name)}")
-    return changed(TUTORIAL, **{**saved, **changes, "output_dir": str(run_dir)})
+    config = changed(TUTORIAL, **{**saved, **changes, "output_dir": str(run_dir)})
+    _check_present(config, has_checkpoint=bool(checkpoints(run_dir)))
+    return config
+
+
+def _contents_of(changes: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Return what else changes if something lies elsewhere now: its digest, to be compared."""
+    also: dict[str, Any] = {}
+    if "model" in changes:
+        also["model_commit"] = model_commit(changes["model"], saved["revision"])
+        also["model_digest"] = model_digest(changes["model"])
+    if "add_tokens" in changes:
+        also["words_digest"] = checksum(Path(changes["add_tokens"]))
+    if "dataset" in changes:
+        also |= {"dataset_commit": None, "train_file": ()}
+    return also
+
+
+def _check_present(config: TrainConfig, has_checkpoint: bool) -> None:
+    """Raise UserError for a file or directory of the run that is not where it was."""
+    model, text = config.model, config.text
+    needed = {"--train-file": text.train_file, "--eval-file": config.evaluation.eval_file}
+    if not text.train_file:
+        needed["--dataset"] = (text.dataset or "",)
+    if not has_checkpoint:  # it brings the model
+        needed |= {"--model": (model.name,), "--add-tokens": (model.add_tokens or "",)}
+    for flag, paths in needed.items():
+        for path in paths:
+            if os.path.isabs(path) and not os.path.exists(path):
+                raise UserError(f"--resume: {path} is gone: say where it is now with {flag}")
 
 
 def _settings_of(noted: dict[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -169,11 +214,17 @@ def _settings_of(noted: dict[str, Any], run_dir: Path) -> dict[str, Any]:
 def check_same_run(begun: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError if a setting that must not change on a resume differs from `begun`."""
     for name, value in begun.items():
-        if name not in MAY_CHANGE_ON_RESUME and now[name] != value:
+        if name in MAY_CHANGE_ON_RESUME or now[name] == value:
+            continue
+        if name in CONTENTS:
             raise UserError(
-                f"--resume: this run was begun with {name} {value!r}, not {now[name]!r}; begin a "
-                "new run for that"
+                f"--resume: {CONTENTS[name]} has changed since the run was begun, or is another "
+                "one; begin a new run"
             )
+        raise UserError(
+            f"--resume: this run was begun with {name} {value!r}, not {now[name]!r}; begin a "
+            "new run for that"
+        )
 
 
 def _check_same_rows(begun: dict[str, Any], now: dict[str, Any]) -> None:
@@ -240,16 +291,13 @@ def write_run_json(
         "processes": this_launch().size,
         "launch": launch,
     }
-    try:
-        if (run_dir / RUN_JSON).exists():
-            begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
-            if begun["processes"] != content["processes"]:
-                content["processes"] = begun["processes"]
-                of_begun = begun["config"]["optimization"]
-                content["config"]["optimization"] |= {name: of_begun[name] for name in PER_RANK}
-        write_text(run_dir / RUN_JSON, json.dumps(content, indent=2))
-    except OSError as error:
-        raise UserError(f"cannot write to {run_dir}: {error.strerror}") from error
+    if (run_dir / RUN_JSON).exists():
+        begun = json.loads((run_dir / RUN_JSON).read_text(encoding="utf-8"))
+        if begun["processes"] != content["processes"]:
+            content["processes"] = begun["processes"]
+            of_begun = begun["config"]["optimization"]
+            content["config"]["optimization"] |= {name: of_begun[name] for name in PER_RANK}
+    write_text(run_dir / RUN_JSON, json.dumps(content, indent=2))
 
 
 def point_latest_to(run_dir: Path) -> None:

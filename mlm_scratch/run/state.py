@@ -185,7 +185,6 @@ class Training:
             "scheduled_steps": self.scheduler.last_epoch,  # without skipped steps
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
-            "text_digests": self.text_digests(),
             "rng": self.ranks.gather(torch.get_rng_state()),  # of each rank
             **self._device_rng(),
         }
@@ -193,11 +192,6 @@ class Training:
     def _device_rng(self) -> dict[str, Any]:
         states = self.ranks.gather(self.precision.rng_state())  # of each rank
         return {} if states[0] is None else {f"{self.precision.device.type}_rng": states}
-
-    def text_digests(self) -> dict[str, str]:
-        """Return digests that distinguish the texts of this run from any other."""
-        held_out = self.eval_rows.text_digest if self.eval_rows else ""
-        return {"training": self.source.text_digest, "evaluation": held_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; the weights come with the model.
@@ -234,9 +228,6 @@ def check_resume(t: Training, state: dict[str, Any]) -> None:
             f"--resume: this run was begun with {state['rows_per_step']} rows per step (batch "
             f"size x accumulation x processes), not {rows}; begin a new run for that"
         )
-    for which, digest in t.text_digests().items():
-        if state["text_digests"][which] != digest:
-            raise UserError(f"--resume: the {which} text has changed since; begin a new run")
     if t.total_steps < state["steps_done"]:
         raise UserError(
             f"--resume: the run has {state['steps_done']} steps already, more than the "
