@@ -11,10 +11,14 @@ python infer.py --generate 12 "The Milky Way"
 import argparse
 import io
 import sys
+import threading
 from itertools import chain
 
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
+
+TOP_K = 5
+PATIENCE = 1.0  # seconds
 
 
 def main() -> None:
@@ -60,7 +64,7 @@ def main() -> None:
         model,
         tokenizer,
         kind=arguments.kind,
-        top_k=arguments.top_k,
+        top_k=TOP_K if arguments.top_k is None else arguments.top_k,
         targets=arguments.targets,
         truncate=arguments.truncate,
         score_method=score_method,
@@ -79,6 +83,8 @@ def check_arguments(arguments: argparse.Namespace, texts: list[str]) -> None:
         raise UserError("--score-method goes with --score or --pairs only")
     if arguments.remask and special != "generate":
         raise UserError("--remask goes with --generate only")
+    if arguments.top_k is not None and special not in ("fills", "json", "joint"):
+        raise UserError(f"--top-k does not go with --{special}: leave it out")
     if arguments.targets and special not in ("fills", "json"):
         raise UserError(f"--targets does not go with --{special}: leave it out")
     if special == "pairs" and arguments.texts:
@@ -97,12 +103,22 @@ def check_arguments(arguments: argparse.Namespace, texts: list[str]) -> None:
 
 
 def read_texts() -> list[str]:
-    """Read one text per line from standard input, unless that is a terminal."""
+    """Read one text per line from standard input, unless that is a terminal.
+
+    Whoever sends nothing for a second is told what is waited for.
+    """
     if sys.stdin is None or sys.stdin.isatty():
         return []
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    notice = "reading texts from standard input, one per line, up to its end"
+    timer = threading.Timer(PATIENCE, print, [notice], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    finally:
+        timer.cancel()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
         "standard input",
     )
     parser.add_argument("--model", metavar="ID_OR_DIR", help="default: the newest run's model")
-    parser.add_argument("--top-k", type=int, default=5, metavar="N", help="fills per mask (5)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="fills per mask (5)")
     parser.add_argument(
         "--targets",
         nargs="+",

@@ -13,7 +13,7 @@ import shlex
 import sys
 import typing
 
-from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, resolve
+from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, check_effect, resolve
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
@@ -45,6 +45,7 @@ def main() -> None:
         config = resolve(recipe, given)
         print(f"recipe {recipe}: {reason}", flush=True)
 
+    check_effect(config, given)
     text = config.text
     sources = [config.model.name, "" if text.train_file else text.dataset]
     go_offline_without_hub(*filter(None, sources))

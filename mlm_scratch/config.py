@@ -5,7 +5,7 @@ takes the section that it needs, and a TrainConfig only where it needs several.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
 
@@ -503,3 +503,26 @@ def resolve(recipe: str, given: dict[str, Any]) -> TrainConfig:
     if given.get("streaming"):
         implied |= {"eval_fraction": 0.0, "grouping": "blocks", "split": "train"}
     return changed(RECIPES[recipe], **{**implied, **given})
+
+
+def check_effect(config: TrainConfig, given: Collection[str]) -> None:
+    """Raise UserError for a flag that changes nothing beside the other settings.
+
+    Args:
+        config: all settings.
+        given: the names of the flags on the command line.
+    """
+    evaluation = config.evaluation
+    has_text = bool(evaluation.eval_file or evaluation.eval_split or evaluation.eval_fraction != 0)
+    is_evaluated = has_text or bool(evaluation.watch)
+    no_text = "there is no text to evaluate on: add --eval-file or --eval-fraction"
+    for name, has_effect, why in (
+        ("eval_batch_size", has_text, no_text),
+        ("eval_mlm_probability", has_text, no_text),
+        ("eval_every", is_evaluated, f"{no_text}, or --watch"),
+        ("no_eval_first", is_evaluated, f"{no_text}, or --watch"),
+        ("no_packing", config.text.grouping == "lines", "blocks are full: it goes with lines"),
+        ("dataset_config", not config.text.is_local, "the text is not from a --dataset"),
+    ):
+        if name in given and not has_effect:
+            raise UserError(f"{_flag(name)} has no effect: {why}")

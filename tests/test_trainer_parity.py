@@ -111,8 +111,13 @@ def test_the_head_on_masked_positions_changes_the_last_digits_only(tmp_path, fil
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4)
 
 
-def test_evaluation_equals_trainers_if_all_batches_have_equally_many_masked_tokens(tmp_path, files):
-    """Rows of one length, all words masked: then the mean over batches is that over tokens."""
+def test_evaluation_equals_trainers_if_all_batches_have_equally_many_masked_tokens(
+    tmp_path, files, monkeypatch
+):
+    """Rows of one length, all words masked: then the mean over batches is that over tokens.
+
+    With the masks drawn batch by batch, as the collator draws them.
+    """
     path = tmp_path / "a.txt"
     write_text(path, [f"{i}: {SENTENCES[0]}" for i in range(10, 34)])
     settings = {"grouping": "lines", "mlm_probability": 1.0, "block_size": 64}
@@ -122,6 +127,7 @@ def test_evaluation_equals_trainers_if_all_batches_have_equally_many_masked_toke
     assert len({b - a for a, b in pairwise(rows.starts)}) == 1 and len(rows) == 24
     trainer = trainer_for(config, tmp_path, rows)
     expected = trainer.evaluate()["eval_loss"]
+    monkeypatch.setattr("mlm_scratch.evaluate.ROWS_AT_ONCE", config.evaluation.eval_batch_size)
     cpu = Precision(torch.device("cpu"), torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     for dense_head in (True, False):

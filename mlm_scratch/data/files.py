@@ -22,7 +22,7 @@ import datasets
 import pyarrow.parquet
 
 from mlm_scratch.data.tables import is_packed, kind_of, open_unpacked, rows_of_json
-from mlm_scratch.util.errors import UserError, shortened
+from mlm_scratch.util.errors import UserError, is_own_fault, shortened
 from mlm_scratch.util.files import checksum
 
 FILE_KINDS = {
@@ -108,6 +108,8 @@ def errors_of(source: str) -> Iterator[None]:
         RuntimeError,  # a data set defined by a script
         TypeError,  # a column whose type differs between files
     ) as error:
+        if is_own_fault(error):
+            raise
         if "SchemaInferenceError" in repr(error.__cause__):  # raised for a file without any row
             raise UserError(f"cannot load {source}: there is no text in it") from error
         while error.__cause__ is not None:  # datasets wraps the parser's own error

@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.fill_mask import FillError
 from mlm_scratch.hf.checks import REFUSALS, in_eval_mode, longest_input
-from mlm_scratch.util.errors import UserError, first_line, is_out_of_memory, shortened
+from mlm_scratch.util.errors import UserError, first_line, is_out_of_memory, is_own_fault, shortened
 
 MASK_SPELLINGS = re.compile(r"<mask>|\[MASK\]")
 
@@ -77,6 +77,8 @@ def refusals_reported(model: PreTrainedModel) -> Iterator[None]:
     except FillError as error:
         raise UserError(str(error)) from error
     except REFUSALS as error:
+        if is_own_fault(error):
+            raise
         if is_out_of_memory(error):
             raise UserError(
                 f"{model.device} is out of memory for this text: shorten it, or change --device"

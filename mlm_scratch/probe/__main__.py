@@ -71,8 +71,8 @@ def mean_states(name: str, texts: list[str]) -> "Tensor":
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from mlm_scratch.hf.checks import ignores_padding
-    from mlm_scratch.hf.encode import encode
+    from mlm_scratch.hf.checks import check_no_nan, ignores_padding
+    from mlm_scratch.hf.encode import encode, refusals_reported
     from mlm_scratch.hf.load import load_model, load_tokenizer
     from mlm_scratch.util.progress import progress_bar
 
@@ -82,8 +82,9 @@ def mean_states(name: str, texts: list[str]) -> "Tensor":
     means = []
     for start in progress_bar(range(0, len(texts), size), desc="encoding", leave=False):
         inputs = encode(model, tokenizer, texts[start : start + size], truncate=True)
-        with torch.no_grad():
+        with torch.no_grad(), refusals_reported(model):
             states = model.base_model(**inputs)["last_hidden_state"]  # (B, T, H)
+        check_no_nan(states)
         is_token = inputs["attention_mask"][:, :, None]  # (B, T, 1)
         means.append((states * is_token).sum(dim=1) / is_token.sum(dim=1))  # (B, H)
     return torch.cat(means)  # (N, H)

@@ -7,10 +7,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
+PACKAGE = Path(__file__).parents[1]
 BROKEN_PIPE = 141  # 128 + SIGPIPE, which not every system has
 
 
@@ -35,9 +38,22 @@ def out_of_memory_means(advice: str) -> Iterator[None]:
         raise UserError(f"out of memory: {advice}") from error
 
 
+def is_own_fault(error: BaseException) -> bool:
+    """Whether a line of this project raised an error, not a library that it called.
+
+    Only of the kinds that a mistake in the project raises. It keeps its traceback.
+    """
+    kinds = (AttributeError, IndexError, KeyError, NameError, RuntimeError, TypeError, ValueError)
+    if type(error) not in kinds or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+
+
 def first_line(error: Exception | Warning | str) -> str:
-    """Return the first line of a message, or the type of an error that has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of a message, all of it if a list follows, or else the error's type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(map(str.strip, lines)) if lines[0].rstrip().endswith(":") else lines[0]
 
 
 def shortened(text: str) -> str:

@@ -113,7 +113,7 @@ def test_a_checkpoint_that_fails_verification_replaces_no_older_one(files, monke
 
 def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_once_there_is_space(files):
     """A limit on the size of files stands for the full disk: the system calls fail alike."""
-    settings = config(files, eval_fraction=0.0, max_steps=5)
+    settings = config(files, eval_fraction=0.0, eval_every=0, max_steps=5)
     train(settings)
     size = max(path.stat().st_size for path in Path("run/checkpoint-5").iterdir())
     for limit in (size // 2, 2000):  # the large files, and nearly all of them

@@ -119,7 +119,7 @@ def test_a_directory_called_bundled_is_not_the_built_in_model(files, call, monke
     """Nor the built-in text: not even where a run of that name is."""
     shutil.copytree(files / "model", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)
-    flags = ["--max-steps", 1, "--device", "cpu", "--precision", "fp32", "--no-eval-first"]
+    flags = ["--max-steps", 1, "--device", "cpu", "--precision", "fp32"]
     code, out, err = call(command, "--model", "bundled", *small_flags(files)[2:], "--max-steps", 1)
     assert code == 0 and "model: ModernBertForMaskedLM (bundled, scratch)" in out, err
     text = ["--dataset", "bundled", "--eval-fraction", 0, "--block-size", 16]
