@@ -130,6 +130,8 @@ def test_a_resume_restores_the_scaler(config, device, late_writer):
     t.saver.finish()
     assert t.scaler.get_scale() < 2.0**40
     again = prepare(config, Path("run/checkpoint-6"))
+    assert again.scheduler.last_epoch == t.scheduler.last_epoch < t.steps_done == 6
+    assert again.scheduler.get_last_lr() == t.scheduler.get_last_lr()
     assert again.scaler.state_dict() == t.scaler.state_dict()
     assert load_state(Path("run/checkpoint-6"))["scaler"]["scale"] == t.scaler.get_scale()
 
@@ -176,6 +178,12 @@ def test_a_short_run_that_is_lost_from_the_start_ends_with_advice(config, precis
     losses = [json.loads(line)["loss"] for line in lines]
     assert None in losses  # JSON has no NaN
     assert not Path("run/model").exists()
+
+
+def test_a_lost_run_ends_long_before_its_next_log_line(config):
+    config = changed(config, lr=1e36, warmup_steps=2, max_steps=90, log_every=80)
+    with pytest.raises(UserError, match=r"in the last 1\d steps, up to step 20;"):
+        train(config)
 
 
 def test_one_non_finite_step_is_counted_and_does_not_end_a_run(config, capsys):

@@ -5,6 +5,10 @@ import torch
 from torch.optim import SGD
 from transformers import (
     AutoModelForMaskedLM,
+    EsmConfig,
+    EsmForMaskedLM,
+    MegatronBertConfig,
+    MegatronBertForMaskedLM,
     Trainer,
     TrainingArguments,
     get_constant_schedule_with_warmup,
@@ -20,8 +24,13 @@ from mlm_scratch.run.state import rate_schedule
 from tests.support.tiny import byte_level_tokenizer, roberta
 
 TOKENIZER = byte_level_tokenizer()
+LAYERS = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TINY = LAYERS | {"hidden_size": 8, "vocab_size": 20, "pad_token_id": 1}
 MODELS = {
     "RoBERTa": roberta(TOKENIZER),
+    # Some of their LayerNorms have names that say nothing: only the class tells.
+    "ESM": EsmForMaskedLM(EsmConfig(**TINY, mask_token_id=4)),
+    "MegatronBERT": MegatronBertForMaskedLM(MegatronBertConfig(**TINY)),
     "ModernBERT": AutoModelForMaskedLM.from_config(small_modernbert_config(TOKENIZER)),
 }
 

@@ -1,11 +1,14 @@
 """Documents to rows of ids, and their cache."""
 
+import json
 import multiprocessing
 from itertools import chain, pairwise
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from mlm_scratch.config import changed, resolve
 from mlm_scratch.data import rows as rows_module
@@ -172,6 +175,66 @@ def test_a_text_without_spaces_is_warned_of(tmp_path, capsys):
         settings = text_config(tmp_path / "a.txt", whole_word=True, grouping="lines")
         prepare_rows(load_documents(settings)[0], TOKENIZER, settings)
         assert ("most words of the text have more than 16" in capsys.readouterr().err) == warned
+
+
+def keys_of(text_digest="t", tokenizer=TOKENIZER, **settings):
+    config = changed(text_config("a.txt"), **settings)
+    return rows_module._cache_key(text_digest, tokenizer, config)
+
+
+def test_every_ingredient_of_the_cache_key_counts(monkeypatch):
+    slow = MagicMock(is_fast=False)
+    slow.__len__.return_value = 2
+    keys = [
+        keys_of(),
+        keys_of(text_digest="another"),
+        keys_of(whole_word=True),
+        keys_of(grouping="lines"),
+        keys_of(grouping="lines", block_size=16),
+        keys_of(tokenizer=other_merges()),
+        keys_of(tokenizer=wordpiece_tokenizer()),
+    ]
+    for vocabulary in ({"a": 0, "b": 1}, {"b": 0, "a": 1}):
+        slow.get_vocab = Mock(return_value=vocabulary)
+        keys.append(keys_of(tokenizer=slow))
+    monkeypatch.setattr(rows_module, "ROWS_VERSION", 0)
+    keys.append(keys_of())
+    assert len(set(keys)) == len(keys)
+    # The same rows of ids, cut another way: one file for both.
+    assert keys_of(block_size=8) == keys_of(block_size=16)
+
+
+def other_merges():
+    """A tokenizer of the same size and vocabulary whose merges come in another order."""
+    tokenizer = byte_level_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"].reverse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **tokenizer.special_tokens_map
+    )
+
+
+def test_a_tokenizer_of_equal_size_does_not_get_the_ids_of_another(tmp_path):
+    write_text(tmp_path / "a.txt", ["equal sizes", *SENTENCES])
+    settings = text_config(tmp_path / "a.txt", block_size=8)
+    documents, _ = load_documents(settings)
+    for tokenizer in (TOKENIZER, other_merges()):
+        rows = prepare_rows(documents, tokenizer, settings)
+        expected = list(chain.from_iterable(tokenizer(list(documents))["input_ids"]))
+        assert rows.tokens.tolist() == expected and len(tokenizer) == len(TOKENIZER)
+
+
+def test_a_text_is_more_than_the_sum_of_its_documents():
+    documents = [["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["c", "ab"]]
+    digests = [rows_module._text_digest(texts) for texts in documents]
+    assert len(set(digests)) == len(digests)
+
+
+@pytest.mark.parametrize("largest, bits", [(2**16 - 1, 16), (2**16, 32), (2**31 - 1, 32)])
+def test_ids_of_any_size_come_back(tmp_path, largest, bits):
+    rows_module.write_rows(tmp_path / "rows", [([0, largest], [])], largest)
+    rows = rows_module._open_rows(tmp_path / "rows", text_config("a.txt", grouping="lines"))
+    assert rows.tokens.tolist() == [0, largest] and rows.tokens.dtype.itemsize == bits // 8
 
 
 def test_looking_into_the_cache_leaves_the_tokenizer_as_it_is(tmp_path):

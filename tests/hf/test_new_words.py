@@ -1,5 +1,7 @@
 """New words are tokens for each kind of tokenizer: in texts, as fills, as targets, under masks."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -136,6 +138,25 @@ def test_all_that_is_said_to_load_the_new_words_gives_the_same_ids(tmp_path, kin
     same = own_class.from_pretrained(tmp_path / "saved")(text)["input_ids"] == expected
     assert same == (how_to_load(loaded) == "")
     assert how_to_load(old) == ""
+
+
+def test_a_vocabulary_with_holes_keeps_its_embeddings(tmp_path):
+    """Its largest id is 400, though it has 320 tokens: new ones come after that."""
+    tokenizer = byte_level_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    token = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    state["model"]["vocab"][token] = 400
+    holes = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), **tokenizer.special_tokens_map
+    )
+    model = roberta(holes, vocab_size=401)
+    before = model.get_input_embeddings().weight.detach().clone()  # (401, H)
+    pieces = holes(" chloroplasts", add_special_tokens=False)["input_ids"]
+    extended = add_words(holes, model, ["chloroplasts"])
+    after = model.get_input_embeddings().weight  # (403, H)
+    assert extended.convert_tokens_to_ids(["Ġchloroplasts", "chloroplasts"]) == [401, 402]
+    assert torch.equal(after[:401], before)
+    torch.testing.assert_close(after[401], before[pieces].mean(dim=0))
 
 
 def test_byte_level_words_are_tokens_with_and_without_a_space_before_them():

@@ -55,6 +55,26 @@ def test_beam_search_finds_the_best_of_all_pairs(model, order):
     assert alone != fills[0].tokens
 
 
+@torch.no_grad()
+def test_the_most_certain_mask_is_found_again_after_each_fill(model):
+    """Three masks, one beam: each round fills the mask with the largest probability then."""
+    text = "The <mask> Way is a <mask> galaxy <mask>"
+    ids = TOKENIZER(text, return_tensors="pt")["input_ids"][0]  # (T,)
+    masks = (ids == TOKENIZER.mask_token_id).nonzero().flatten().tolist()
+    left, order, total = list(masks), [], 0.0
+    while left:
+        best = {position: log_p(model, ids, position).max(dim=0) for position in left}
+        position = max(left, key=lambda position: best[position].values.item())
+        order.append(position)
+        ids[position] = best[position].indices
+        total += best[position].values.item()
+        left.remove(position)
+    assert order not in (masks, masks[::-1])
+    (fill,) = fill_jointly(model, TOKENIZER, text, ORDERS[1], top_k=1, beams=1)
+    assert fill.tokens == ids[masks].tolist()
+    assert fill.score == pytest.approx(math.exp(total), rel=1e-4)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_id_without_a_token_is_no_fill(order):
     """Embeddings padded to a multiple of 64: 56 ids that the tokenizer does not have."""

@@ -1,6 +1,7 @@
 """Several ranks are one run: 1, 2 and 4 processes over gloo, also under the real torchrun."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.support.processes import (
     torchrun,
     wait_until,
 )
-from tests.support.same import assert_same_curve
+from tests.support.same import assert_same_curve, assert_same_run
 from tests.support.tiny import NO_DROPOUT, SENTENCES, save_files, small_config
 
 STARTS = [forked, pytest.param(torchrun, marks=pytest.mark.slow)]
@@ -120,6 +121,20 @@ def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):
         assert code == 0, err
         assert words in out and f"steps {step} to 9" in out
         assert_same_curve(alone, run)
+
+
+def test_a_resume_on_two_processes_has_the_dropout_of_each(tmp_path):
+    """Bit for bit the run that never stopped."""
+    texts = [f"{i} {text}" for i in range(9) for text in SENTENCES]
+    with_dropout = save_files(tmp_path, texts)
+    settings = config(with_dropout, batch_size=8, epochs=2.0)
+    code, _, err = finish(forked(2, changed(settings, output_dir="whole")))
+    assert code == 0, err
+    shutil.copytree("whole", "run")
+    forget_after(3, Path("run"))
+    code, _, err = finish(forked(2, "--resume", "--output-dir", "run"))
+    assert code == 0, err
+    assert_same_run(Path("whole"), Path("run"))
 
 
 # ---- Ranks that end early ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mlm_scratch.run import state
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
-from mlm_scratch.util.runs import checkpoints, step_of
+from mlm_scratch.util.runs import checkpoints, find_fault, step_of
 from tests.support.same import assert_same
 from tests.support.tiny import small_config
 
@@ -91,6 +91,9 @@ def test_the_best_outlives_kills_and_damage(files, losses, monkeypatch, killed_b
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MaskedLM, "forward", killed)
         train(small_config(files, output_dir="run", best=True, **settings))
+    so_far = [line for line in read_metrics(Path("run")) if "eval_loss" in line]
+    best = min(so_far, key=lambda line: (line["eval_loss"], line["step"]))["step"]
+    assert find_fault(Path(f"run/checkpoint-{best}")) is None  # it is kept, not made again
     newest = checkpoints(Path("run"))[0]
     (newest / "model.safetensors").write_bytes(b"damaged")
     run_dir = train(resumed_config("run", {}), resume=True)

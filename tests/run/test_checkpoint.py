@@ -14,6 +14,7 @@ import torch
 
 from mlm_scratch.config import changed
 from mlm_scratch.run import build
+from mlm_scratch.run.checkpoint import remove_old
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import checksum
@@ -24,6 +25,7 @@ from mlm_scratch.util.runs import (
     checkpoints,
     find_fault,
     newest_valid_checkpoint,
+    step_of,
 )
 from tests.support.processes import Fork
 from tests.support.same import assert_same_run
@@ -95,6 +97,50 @@ def test_a_checkpoint_that_is_replaced_exists_at_all_times(files, monkeypatch):
     assert newest_valid_checkpoint(Path("run")) == Path("run/checkpoint-15")
     t.save()
     assert not list(Path("run").glob(f"{REPLACED}*"))
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(files, monkeypatch):
+    """As after a power cut: what was not synced before the rename may be missing or empty."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append((path.name, [each.name for each in path.glob("*")] if path.is_dir() else None))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        replace(source, target)
+        done.append(("renamed to", Path(target).name))
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    train(config(files, max_steps=5, eval_fraction=0.0, eval_every=0))
+    renamed = done.index(("renamed to", "checkpoint-5"))
+    before, (after, listed) = done[:renamed], done[renamed + 1]
+    names = {path.name for path in Path("run/checkpoint-5").iterdir()}
+    assert len(names) >= 6 and names <= {name for name, _ in before}
+    (inside,) = [entries for name, entries in before if name == ".unfinished-checkpoint-5"]
+    assert {*inside} == names
+    assert after == "run" and "checkpoint-5" in listed  # and then the name itself
+    assert ("run.json", None) in done or (".run.json", None) in done
+
+
+@pytest.mark.parametrize(
+    "present, kept",
+    [
+        ([5, 10, 12], [12, 10]),
+        ([5, 10, 12, 15], [15, 10]),
+        ([5, 7, 8, 9], [9, 5]),
+        ([10, 15, 20], [20, 15]),
+        ([3], [3]),
+    ],
+)
+def test_checkpoints_of_a_signal_displace_no_scheduled_ones(tmp_path, present, kept):
+    """One is scheduled every fifth step, and 2 are kept."""
+    for step in [*present, 99]:  # a later one, from before a resume, is left alone
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    remove_old(tmp_path, present[-1], 2, lambda step: step % 5 == 0, lambda step: None)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [99, *kept]
 
 
 def test_a_checkpoint_that_fails_verification_replaces_no_older_one(files, monkeypatch):
