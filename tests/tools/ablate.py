@@ -7,6 +7,7 @@ of medians. `--steps 300` is a quick look. A line per run goes to standard error
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -24,10 +25,10 @@ from mlm_scratch.data.rows import prepare_rows
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.loader import Batch, Collator, TokenRows, batch_of
-from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import build
+from mlm_scratch.run.ending import RESULTS
 from mlm_scratch.run.session import train
-from tests.support.fact_prompts import EMITTED, NEVER_EMITTED
+from tests.support.fact_prompts import EMITTED
 
 BASE = changed(
     BUNDLED_RECIPE, eval_every=0, no_eval_first=True, watch=(), save_every=0, precision="fp32"
@@ -67,11 +68,14 @@ def run(name: str, config: TrainConfig) -> dict[str, float]:
         build.Collator = collator  # type: ignore
     tokenizer = load_tokenizer(run_dir / "model")
     model = load_model(run_dir / "model").eval()
-    evaluations = [line for line in read_metrics(run_dir) if "eval_loss" in line]
+    results = json.loads((run_dir / RESULTS).read_text())
+    (reporting, _), (choosing, _) = (results["answers"][name] for name in ("reporting", "choosing"))
     return {
-        "accuracy": evaluations[-1]["eval_accuracy"],
+        "perplexity": results["after"]["perplexity"],
+        "accuracy": results["after"]["eval_accuracy"],
+        "answers that choose": choosing,
+        "answers that report": reporting,
         "in the corpus": right_of(model, tokenizer, EMITTED),
-        "not in it": right_of(model, tokenizer, NEVER_EMITTED),
         **at_visible_tokens(model, tokenizer, config),
     }
 
