@@ -1,6 +1,6 @@
 """The main job, complete: `python train.py --epochs 2` without the Hub, then its fills."""
 
-import re
+import json
 
 import pytest
 
@@ -23,27 +23,38 @@ def run_dir(main_job):
     assert process.wait() == 0, (directory / "err").read_text()
     output = (directory / "out").read_text()
     assert output.startswith("recipe bundled: ")
-    *_, title, first, second, third = output.splitlines()
-    assert title == "three sentences that were not in the text:"
-    answers = dict(unseen_sentences())
-    for line in (first, second, third):
-        sentence, word, verdict = re.fullmatch(
-            r"    (.*<mask>.*)  (.+) \([01]\.[0-9]{2}\): (right|wrong, it is .+)", line
-        ).groups()
-        truth = word if verdict == "right" else verdict.removeprefix("wrong, it is ")
-        assert answers[sentence.replace("<mask>", truth)] == truth
-        assert (word == truth) == (verdict == "right")
+    assert output.count("right (0.") == 1  # the answers, once, at the end
     return directory / "runs" / "bundled"
 
 
 def test_held_out_tokens_are_predicted(run_dir):
     evaluations = [line for line in read_metrics(run_dir) if "eval_accuracy" in line]
-    assert [line["step"] for line in evaluations] == list(range(0, 1961, 196))
+    assert [line["step"] for line in evaluations] == list(range(0, 2001, 200))
     print(evaluations[-1])
-    assert evaluations[-1]["eval_accuracy"] >= 0.9
+    assert evaluations[-1]["eval_accuracy"] >= 0.88 and evaluations[-1]["perplexity"] < 1.8
     fills = [line["watch"] for line in read_metrics(run_dir) if "watch" in line]
     assert len(fills) == 11 and all(fill["answer_p"] < 0.01 for fill in fills[0])
     assert all(fill["answer_p"] > 0.5 for fill in fills[-1])
+
+
+def test_answers_are_known_in_sentences_that_the_text_leaves_out(run_dir):
+    """Counted again by chapter 6, for answers that are one token after a space."""
+    results = json.loads((run_dir / "results.json").read_text())
+    (right, n), (right_chosen, n_chosen) = (
+        results["answers"][group] for group in ("reporting", "choosing")
+    )
+    print(results["answers"])
+    assert n >= 90 and n_chosen >= 100 and n + n_chosen == 205
+    assert right >= 0.82 * n and right_chosen >= 0.82 * n_chosen
+    tokenizer, model = load_tokenizer(run_dir / "model"), load_model(run_dir / "model")
+    verdicts = []
+    for sentence, answer in unseen_sentences():
+        masked = sentence.replace(f" {answer}", f" {tokenizer.mask_token}")
+        if len(tokenizer.tokenize(f" {answer}")) == 1 and masked != sentence:
+            best = fill_mask(model, tokenizer, masked, top_k=1)[0]
+            verdicts.append(best["token_str"] == f" {answer}")
+    assert len(verdicts) > 120
+    assert sum(verdicts) / len(verdicts) == pytest.approx((right + right_chosen) / 205, abs=0.06)
 
 
 def test_facts_are_learned_and_not_only_their_phrasings(run_dir):
@@ -70,6 +81,7 @@ def test_good_sentences_score_higher_than_bad_ones(run_dir, method):
     tokenizer, model = load_tokenizer(run_dir / "model"), load_model(run_dir / "model").eval()
     pairs = read_pairs(str(ROOT / "tests/support/pairs.tsv"))
     assert len(set(pairs)) == len(pairs) >= 60
-    right = judge(model, tokenizer, pairs, method)
-    print({name: (sum(ones), len(ones)) for name, ones in right.items()})
-    assert len(right["facts"]) >= 40 and sum(right["facts"]) >= 0.9 * len(right["facts"])
+    gains = judge(model, tokenizer, pairs, method)
+    right = {name: sum(gain > 0 for gain in of_pairs) for name, of_pairs in gains.items()}
+    print(right)
+    assert len(gains["facts"]) >= 40 and right["facts"] >= 0.9 * len(gains["facts"])

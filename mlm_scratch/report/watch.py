@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.hf.encode import MASK_SPELLINGS, encode, find_masks, logits_at, use_own_mask
+from mlm_scratch.hf.encode import (
+    MASK_SPELLINGS,
+    encode,
+    find_masks,
+    logits_at,
+    use_own_mask,
+    visible_token,
+)
 from mlm_scratch.util.errors import UserError, shortened
 
 BRACKETS = re.compile(r"\[([^][]+)\]")
@@ -126,7 +133,7 @@ def fill_watched(
         is_lost = bool(best_p.isnan().any())  # the loop decides whether the run goes on
         fill = {
             "text": each.text,
-            "fill": "" if is_lost else str(tokenizer.decode(best_ids)).strip(),
+            "fill": "" if is_lost else _spelled(tokenizer, best_ids),
             "p": best_p.prod().item(),
         }
         if each.answer_ids is not None:
@@ -135,6 +142,12 @@ def fill_watched(
             fill |= {"answer": each.answer, "answer_p": answer_p.prod().item(), "right": right}
         fills.append(fill)
     return fills
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """Decode a fill, (M,); where that leaves nothing to see, name its tokens."""
+    text = str(tokenizer.decode(ids)).strip()
+    return text or " ".join(visible_token(id, tokenizer) for id in ids.tolist())
 
 
 def before_and_after(results: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -111,6 +111,15 @@ def test_the_ids_decide_whether_a_fill_is_right(answer, tokens, monkeypatch):
         assert each["answer"] == answer.strip()
 
 
+def test_a_fill_without_letters_is_named():
+    """An id beyond the tokenizer's, and a token that is a space."""
+    tokenizer = byte_level_tokenizer()
+    model = roberta(tokenizer, vocab_size=len(tokenizer) + 8)
+    for id, shown in ((len(tokenizer) + 3, f"#{len(tokenizer) + 3}"), (tokenizer.vocab["Ġ"], "Ġ")):
+        model.lm_head.bias.data.zero_()[id] = 50
+        assert fill((SPIRAL,), model, tokenizer)[0]["fill"].split()[0] == shown
+
+
 def test_a_model_that_outputs_nan_fills_nothing(files):
     model, tokenizer = load_model(files / "model"), load_tokenizer(files / "model")
     model.lm_head.bias.data.fill_(math.nan)
