@@ -30,6 +30,14 @@ CASES = {
 }
 
 
+def test_a_model_that_outputs_nan_is_an_error():
+    """Topk would order NaN as the best."""
+    model = roberta(BPE).eval()
+    model.lm_head.bias.data[7] = float("nan")
+    with pytest.raises(chapter.FillError, match="the model outputs NaN"):
+        chapter.fill_mask(model, BPE, ONE)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_the_pipeline(name, case):

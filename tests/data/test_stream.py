@@ -72,11 +72,15 @@ def test_a_pass_has_every_document_of_a_shard_once_and_shuffled(files, small_buf
         ids = torch.where(batch.labels == -100, batch.input_ids, batch.labels)  # (16, T) unmasked
         for shard in range(16):
             shards[shard] += ids[shard].tolist()
+    orders = []
     for shard, ids in enumerate(shards):
         own = TEXTS[shard::16]
         texts = tokenizer.decode(ids).removeprefix("<s>").split("</s><s>")
         assert Counter(texts[: len(own)]) == Counter(own)
         assert texts[:10] != own[:10] and Counter(texts[:10]) == Counter(own[:10])
+        for start in (0, 10):  # each buffer in an order of its own, in each shard
+            orders.append(tuple(own[start:].index(text) for text in texts[start : start + 10]))
+    assert len({*orders}) == len(orders) == 32
 
 
 @pytest.mark.parametrize(

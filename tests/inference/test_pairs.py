@@ -115,6 +115,8 @@ def test_the_table_has_a_line_per_phenomenon():
     assert rows[1].split()[:5] == ["a", "9", "0", "10", "0.900"]
     assert rows[2].split()[:5] == ["longer", "0", "1", "1", "0.000"]
     assert last.split()[:5] == ["all", "9", "1", "11", "0.818"]
+    rounding = [*lines_of({"a": [1e-7, -1e-7, 1e-3]})][1].split()
+    assert rounding[:4] == ["a", "1", "2", "3"]
     alike = lines_of({"a" * 70 + "b": [1.0], "a" * 70 + "c": [-1.0], "all": [1.0]})
     assert [line.split()[1:4:2] for line in alike][1:] == [[*"11"], [*"01"], [*"11"], [*"23"]]
 

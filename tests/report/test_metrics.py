@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlm_scratch.config import changed
-from mlm_scratch.report.metrics import as_json, read_metrics
+from mlm_scratch.report.metrics import as_json, drop_later_lines, read_metrics
 from mlm_scratch.run.session import train
 from tests.support.tiny import small_config
 
@@ -41,3 +41,14 @@ def test_numbers_that_json_does_not_have_are_null_and_come_back(tmp_path):
     lost, huge, watch = read_metrics(tmp_path)
     assert math.isnan(lost["loss"]) and math.isnan(lost["grad_norm"])
     assert huge == lines[1] and math.isnan(watch["watch"][0]["p"])
+
+
+@pytest.mark.parametrize("evaluated, kept", [(10, 4), (5, 2)])
+def test_an_evaluation_that_a_resume_repeats_is_dropped(tmp_path, evaluated, kept):
+    """A signal cut it short after its line was written: the checkpoint does not know of it."""
+    lines = [{"step": 5, "eval_loss": 2.0}, {"step": 10, "loss": 1.0}]
+    lines += [{"step": 10, "eval_loss": 1.5}, {"step": 10, "watch": []}, {"step": 15, "loss": 0.5}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(as_json(line) + "\n" for line in lines))
+    drop_later_lines(10, evaluated, path)
+    assert len(path.read_text().splitlines()) == kept

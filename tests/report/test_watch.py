@@ -103,7 +103,8 @@ def test_the_ids_decide_whether_a_fill_is_right(answer, tokens, monkeypatch):
     tokenizer = uncased_with_normalization()
     model = BertForMaskedLM(bert_config(vocab_size=len(tokenizer)))
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    for wanted, right in ((ids, True), ([tokenizer.vocab["the"]] * len(ids), False)):
+    the = tokenizer.vocab["the"]
+    for wanted, right in ((ids, True), ([the] * len(ids), False), ([*ids[:-1], the], False)):
         logits = one_hot(torch.tensor([wanted]), len(tokenizer)).float()  # (1, M, V)
         monkeypatch.setattr("mlm_scratch.report.watch.logits_at", lambda *_, logits=logits: logits)
         (each,) = fill((f"The capital is [{answer}]",), model, tokenizer)

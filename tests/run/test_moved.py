@@ -147,6 +147,17 @@ def test_a_stream_is_known_by_sizes_and_first_bytes(files, tmp_path):
         train(resumed_config("run", {"max_steps": 6}), resume=True)
 
 
+def test_another_data_set_is_not_looked_up_at_the_commit_of_the_first(home):
+    """A copy of it under another name on the Hub has its own commits."""
+    run_dir = train(config(home, output_dir="run"))
+    noted = json.loads((run_dir / "run.json").read_text())
+    noted["config"]["text"] |= {"train_file": [], "dataset": "a/b", "dataset_commit": "1" * 40}
+    (run_dir / "run.json").write_text(json.dumps(noted))
+    assert resumed_config("run", {}).text.dataset_commit == "1" * 40
+    text = resumed_config("run", {"dataset": "c/d"}).text
+    assert (text.dataset, text.dataset_commit, text.train_file) == ("c/d", None, ())
+
+
 def test_run_json_has_the_digests(home):
     run_dir = train(config(home, output_dir="run"))
     noted = json.loads((run_dir / "run.json").read_text())["config"]
