@@ -103,4 +103,5 @@ def without_empty_columns(batch: Batch) -> Batch:
     if batch.attention_mask is None:
         return batch
     width = int(batch.attention_mask.sum(dim=1).max())
-    return batch_of(*(tensor[:, :width] for tensor in batch[:3]))  # type: ignore[index]
+    ids, mask, labels = (tensor[:, :width] for tensor in batch[:3])  # type: ignore[index]
+    return batch_of(ids, None if mask.all() else mask, labels)

@@ -135,12 +135,12 @@ PREDICTIONS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"blocking fill_mask.py": 4},
     ),
     "fill_jointly": (
-        {"to cpu inference/score.py": 2},
-        {"blocking hf/encode.py": 2, "blocking inference/score.py": 2},
+        {"to cpu hf/encode.py": 2},
+        {"blocking hf/encode.py": 4},
     ),
     "score_sentence": (
-        {"to cpu inference/score.py": 1},
-        {"blocking hf/encode.py": 1, "blocking inference/score.py": 1},
+        {"to cpu hf/encode.py": 1},
+        {"blocking hf/encode.py": 2},
     ),
     "trace": (
         {

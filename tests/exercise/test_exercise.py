@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlm_scratch import masking
+from mlm_scratch.data import corpus
 from mlm_scratch.exercise import __main__ as command
 from mlm_scratch.exercise import judge, judging
 from mlm_scratch.exercise.judging import CHAPTERS, exercise_of
@@ -159,9 +160,12 @@ def test_a_file_that_cannot_be_judged_is_an_error(content, message, call, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_learners_function_is_trained_with_beside_the_chapters(chapter):
-    """A right one gives nearly the same losses; steps as few as a test can have."""
+def test_the_learners_function_is_trained_with_beside_the_chapters(chapter, monkeypatch):
+    """A right one gives nearly the same losses; text and steps as few as a test can have."""
     from mlm_scratch.exercise.training import train_beside_the_chapter
+
+    few = corpus.rows(repeats=1)
+    monkeypatch.setattr(corpus, "rows", lambda: few)
 
     lines = [*train_beside_the_chapter(chapter, solution(chapter), steps=20)]
     assert lines[0].split()[-3:] == ["the", "chapter's", "yours"]

@@ -94,6 +94,8 @@ def test_the_tutorial_runs_completely_against_the_hub(hub, home):
     config = json.loads(Path("runs/tutorial/run.json").read_text())["config"]
     noted = {name: value for section in SECTIONS for name, value in config[section].items()}
     found = {"output_dir": "runs/tutorial", "precision": "fp32"}  # the model is tiny
+    for section, name in (("text", "text_digest"), ("evaluation", "eval_digest")):
+        assert len(found.setdefault(name, config[section][name])) == 64
     found["model_commit"] = hub.repository("models", TUTORIAL.model.name).sha
     found["dataset_commit"] = hub.repository("datasets", TUTORIAL.text.dataset).sha
     assert noted | {"recipe": config["recipe"]} == json.loads(json.dumps(flat(TUTORIAL))) | found
