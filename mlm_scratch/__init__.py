@@ -9,6 +9,8 @@ Read in this order, each from top to bottom:
     loop.py       the explicit AMP training loop
     fill_mask.py  top-k fills
 
+Write each yourself: python -m mlm_scratch.exercise.
+
 Beside them: evaluate.py, precision.py, config.py. Each folder covers one topic that you may skip
 on a first reading; README.md in this folder describes them.
 """

@@ -17,7 +17,7 @@ from mlm_scratch.report.log import Report, answers_line, summary
 from mlm_scratch.report.metrics import as_json, lowest, read_metrics
 from mlm_scratch.report.page import report_page
 from mlm_scratch.report.picture import PICTURE, draw_losses
-from mlm_scratch.report.watch import before_and_after, fill_watched
+from mlm_scratch.report.watch import Watched, before_and_after, fill_watched
 from mlm_scratch.run.checkpoint import save_model
 from mlm_scratch.run.state import Training
 from mlm_scratch.util.errors import UserError
@@ -45,18 +45,13 @@ def leave_behind(t: Training, report: Report) -> None:
             file=sys.stderr,
         )
     try:
-        final_step, hf_model = _save_final_model(
-            t
-        )  # first of all: whatever fails later, the model is there
+        # First of all: whatever fails later, the model is there.
+        final_step, hf_model = _save_final_model(t)
     finally:
         draw_losses(t.run_dir)  # also of a run whose weights are lost: it shows where
     results, lines = report.results(final_step), read_metrics(t.run_dir)
     results["answers"] = {
-        group: (
-            sum(fill["right"] for fill in fill_watched(hf_model, t.tokenizer, asked)),
-            len(asked),
-        )
-        for group, asked in t.answers.items()
+        group: _right_of(hf_model, t, asked) for group, asked in t.answers.items()
     }
     if results["steps"] == 0:  # a finished run, resumed
         results |= _time_and_speed_before(t.run_dir)
@@ -75,6 +70,15 @@ def leave_behind(t: Training, report: Report) -> None:
         command_line(t.config),
     )
     write_text(t.run_dir / PAGE, page)
+    _print_outcome(results, advice)
+
+
+def _right_of(hf_model: PreTrainedModel, t: Training, asked: list[Watched]) -> tuple[int, int]:
+    """Count the sentences whose answer the model finds, and all of them."""
+    return sum(fill["right"] for fill in fill_watched(hf_model, t.tokenizer, asked)), len(asked)
+
+
+def _print_outcome(results: dict[str, Any], advice: str) -> None:
     print(summary(results))
     if line := answers_line(results):
         print(line)
