@@ -30,7 +30,7 @@ from mlm_scratch.run.state import Training
 from mlm_scratch.run.steps import run_steps
 from mlm_scratch.speed.flops import Utilization
 from mlm_scratch.util.errors import UserError, out_of_memory_means
-from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint
+from mlm_scratch.util.runs import LATEST, MODEL, newest_valid_checkpoint, put_back_replaced
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -126,6 +126,7 @@ def _new_directory(config: TrainConfig, held: ExitStack) -> Path:
 
 
 def _checkpoint_to_resume(directory: Path) -> Path | None:
+    put_back_replaced(directory)
     checkpoint = newest_valid_checkpoint(directory)
     if checkpoint is None and (directory / MODEL).exists():
         raise UserError(

@@ -44,15 +44,25 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def newest_valid_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all intact; warn about damaged ones."""
-    for replaced in run_dir.glob(f"{REPLACED}*"):  # the run was killed while replacing it
+def put_back_replaced(run_dir: Path) -> None:
+    """Give a checkpoint its name back that was being replaced when its run was killed.
+
+    For the run itself, which has locked the directory: another may be replacing it just now.
+    """
+    for replaced in run_dir.glob(f"{REPLACED}*"):
         directory = run_dir / replaced.name.removeprefix(REPLACED)
         if directory.exists():
             shutil.rmtree(replaced)
         else:
             os.rename(replaced, directory)
-    for directory in checkpoints(run_dir):
+
+
+def newest_valid_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint whose files are all intact; warn about damaged ones.
+
+    Changes nothing: a run may be writing to the directory. One that is being replaced comes last.
+    """
+    for directory in (*checkpoints(run_dir), *run_dir.glob(f"{REPLACED}*")):
         if (fault := find_fault(directory)) is None:
             return directory
         print(f"warning: {directory} is damaged ({fault}) and skipped", file=sys.stderr)

@@ -25,6 +25,7 @@ from mlm_scratch.util.runs import (
     checkpoints,
     find_fault,
     newest_valid_checkpoint,
+    put_back_replaced,
     step_of,
 )
 from tests.support.processes import Fork
@@ -94,6 +95,10 @@ def test_a_checkpoint_that_is_replaced_exists_at_all_times(files, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         t.save()
     monkeypatch.setattr(os, "replace", rename)
+    replaced = Path(f"run/{REPLACED}checkpoint-15")
+    assert newest_valid_checkpoint(Path("run")) == replaced  # who only reads changes nothing
+    assert replaced.is_dir()
+    put_back_replaced(Path("run"))
     assert newest_valid_checkpoint(Path("run")) == Path("run/checkpoint-15")
     t.save()
     assert not list(Path("run").glob(f"{REPLACED}*"))
