@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from mlm_scratch.exercise.judging import CHAPTERS, exercise_of, judge
+from mlm_scratch.exercise.judging import CHAPTERS, TooSlowError, exercise_of, judge, time_limit
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 
 
@@ -29,7 +29,11 @@ def main() -> int:
         print(f"{path}: {exercise.task}, about {exercise.lines} lines; judge it with")
         print(f"    python -m mlm_scratch.exercise {arguments.chapter} {path}")
         return 0
-    solution = load(arguments.file)
+    try:
+        with time_limit(stop_hard=True):
+            solution = load(arguments.file)
+    except TooSlowError as error:
+        raise UserError(f"{arguments.file} does not end when it is read") from error
     passed = judge(arguments.chapter, solution, stop_hard=True)
     if arguments.train:
         from mlm_scratch.exercise.training import train_beside_the_chapter
@@ -61,17 +65,20 @@ def write_start(path: Path, text: str) -> None:
 
 def load(path: str) -> ModuleType:
     """Import the learner's file. Raises UserError if that fails; the message names the line."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"learners.{Path(path).stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as an import does
+    sys.path.insert(0, str(Path(path).resolve().parent))
     try:
         spec.loader.exec_module(module)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{path}{where}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
         lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == spec.origin]
         where = f", line {lines[-1].lineno}" if lines else ""
         raise UserError(f"{path}{where}: {type(error).__name__}: {error}") from error

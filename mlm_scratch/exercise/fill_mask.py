@@ -125,7 +125,7 @@ EXERCISE = Exercise(
 )
 
 
-@EXERCISE.check("the best fills come first, as many as top_k", "topk of the logits at the mask")
+@EXERCISE.check("the best fills come first, as many as top_k", "the largest logits at the mask")
 def order(solution: Any) -> None:
     """Their ids, for several k."""
     for top_k in (1, 5, 20):
@@ -134,7 +134,8 @@ def order(solution: Any) -> None:
 
 
 @EXERCISE.check(
-    "a score is a probability over the whole vocabulary", "softmax first, then the k best"
+    "a score is a probability over the whole vocabulary",
+    "a softmax over V numbers adds up to 1, the k best do not",
 )
 def score(solution: Any) -> None:
     """Not over the k best."""
@@ -177,21 +178,30 @@ def several(solution: Any) -> None:
         compare(own, reference, f"of mask {number}")
 
 
-TARGETS = ["Ġrocky", "Ġred", "Ġthe"]
+WORDS = ["Ġrocky", "Ġred", "Ġthe", "Ġplanet"]
+
+
+def targets() -> list[str]:
+    """Return targets, the least probable first."""
+    tokens = [fill["token"] for fill in expected(TEXT, targets=WORDS)]
+    return [str(token) for token in parts()[1].convert_ids_to_tokens(tokens[::-1])]
 
 
 @EXERCISE.check("targets alone are considered, in the order of their scores", "and their own ids")
 def targets_alone(solution: Any) -> None:
     """Fewer than top_k of them."""
-    came = fills(solution, TEXT, targets=TARGETS)
-    wanted = expected(TEXT, targets=TARGETS)
+    came = fills(solution, TEXT, targets=targets())
+    wanted = expected(TEXT, targets=targets())
     equal("ids", [fill["token"] for fill in came], [fill["token"] for fill in wanted])
-    compare(fills(solution, TEXT, 2, TARGETS), expected(TEXT, 2, TARGETS), "among targets")
+    compare(fills(solution, TEXT, 2, targets()), expected(TEXT, 2, targets()), "among targets")
+    of_masks = fills(solution, SEVERAL, targets=targets())
+    for own, reference in zip(of_masks, expected(SEVERAL, targets=targets()), strict=True):
+        compare(own, reference, "of several masks, among targets")
 
 
 @EXERCISE.check("scores of targets are not renormalised", "they are still shares of the vocabulary")
 def not_renormalised(solution: Any) -> None:
     """They do not add up to 1."""
     compare(
-        fills(solution, TEXT, targets=TARGETS), expected(TEXT, targets=TARGETS), "among targets"
+        fills(solution, TEXT, targets=targets()), expected(TEXT, targets=targets()), "among targets"
     )

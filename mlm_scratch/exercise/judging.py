@@ -18,6 +18,7 @@ from mlm_scratch.util.tables import aligned
 
 CHAPTERS = ("masking", "loader", "model", "optim", "loop", "fill_mask")
 LIMIT, AGAIN = 180.0, 5.0  # seconds for all checks, and between attempts to end an endless loop
+TIME_IS_UP = "the time for all checks is up: does a loop never end?"
 SLOW = 10  # times the chapter's time
 # A right solution fails a statistical check with a probability of 10^-10: two-sided, if normal.
 SIGMAS = 6.5
@@ -111,7 +112,7 @@ def judge(chapter: str, solution: Any, *, stop_hard: bool = False) -> bool:
     exercise = exercise_of(chapter)
     solution = _with_functions(exercise, solution)
     passed = True
-    with _time_limit(stop_hard):
+    with time_limit(stop_hard):
         for check in exercise.checks:
             problem = _problem(check, exercise, solution)
             if problem is None:
@@ -120,27 +121,25 @@ def judge(chapter: str, solution: Any, *, stop_hard: bool = False) -> bool:
             print(f"FAIL  {check.rule}")
             if passed:
                 print(*(f"      {line}" for line in problem), sep="\n")
-                print(f"      hint: {check.hint}")
             passed = False
-            if "time is up" in problem[0]:
+            if problem[0] == TIME_IS_UP:
                 return False
-    if passed:
-        print(*_beside_the_chapter(exercise, solution), sep="\n")
+        if passed:
+            print(*_beside_the_chapter(exercise, solution), sep="\n")
     return passed
 
 
 def _with_functions(exercise: Exercise, solution: Any) -> Any:
-    if inspect.isroutine(solution):
+    if callable(solution) and not hasattr(solution, exercise.defines[0]):
         solution = SimpleNamespace(**{exercise.defines[0]: solution})
     for name in exercise.defines:
         if not callable(getattr(solution, name, None)):
             where = getattr(solution, "__file__", "the solution")
-            raise UserError(f"{where} has no function {name}: it needs {_listed(exercise.defines)}")
+            needed = " and ".join(exercise.defines)
+            raise UserError(
+                f"{where} has no function {name}: pass a module, or a file, with {needed}"
+            )
     return solution
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names)
 
 
 def _problem(check: Check, exercise: Exercise, solution: Any) -> list[str] | None:
@@ -148,13 +147,22 @@ def _problem(check: Check, exercise: Exercise, solution: Any) -> list[str] | Non
     try:
         check.holds(solution)
     except Wrong as wrong:
-        return [f"expected: {wrong.expected}", f"came:     {wrong.came}", *wrong.drawing]
-    except TooSlowError:
-        return [f"the time is up, {LIMIT:.0f} s for all checks: does a loop never end?"]
-    except Exception as error:
-        own = {getattr(solution, name).__code__.co_filename for name in exercise.defines}
-        return [*_lines_of(error, own), f"{type(error).__name__}: {error}"]
+        came = [f"expected: {wrong.expected}", f"came:     {wrong.came}", *wrong.drawing]
+        return [*came, f"hint: {check.hint}"]
+    except TooSlowError as error:
+        return [TIME_IS_UP, *_lines_of(error, _files_of(exercise, solution))]
+    except (Exception, SystemExit) as error:
+        lines = _lines_of(error, _files_of(exercise, solution))
+        return [*lines, f"{type(error).__name__}: {error}"]
     return None
+
+
+def _files_of(exercise: Exercise, solution: Any) -> set[str]:
+    """Return the files that the learner's functions are written in."""
+    functions = [inspect.unwrap(getattr(solution, name)) for name in exercise.defines]
+    codes = [getattr(function, "__code__", None) for function in functions]
+    files = {code.co_filename for code in codes if code is not None}
+    return files | {getattr(solution, "__file__", None) or "<none>"}
 
 
 def _lines_of(error: BaseException, own: set[str]) -> Iterator[str]:
@@ -163,11 +171,11 @@ def _lines_of(error: BaseException, own: set[str]) -> Iterator[str]:
     if frames:
         yield f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}"
     else:
-        yield "what the function returned cannot be used:"
+        yield "the function cannot be called so, or what it returned cannot be used:"
 
 
 @contextmanager
-def _time_limit(stop_hard: bool) -> Iterator[None]:
+def time_limit(stop_hard: bool) -> Iterator[None]:
     """Raise TooSlowError in this thread once the time is up; again, if that is caught."""
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield  # a system, or a thread, that has no alarm
@@ -220,7 +228,7 @@ def seconds(call: Callable[[Any], object], solution: Any, repeats: int = 5) -> f
 def share_is(what: str, n_true: int, n: int, expected: float, drawing: Iterable[str] = ()) -> None:
     """Raise Wrong unless a share of n independent draws is the expected one, within chance."""
     off = SIGMAS * (expected * (1 - expected) / n) ** 0.5
-    if abs(n_true / n - expected) > off:
+    if not abs(n_true / n - expected) <= off:
         raise Wrong(
             f"{what}: {expected:.4g}, give or take {off:.1g} by chance in {n:,}",
             f"{n_true / n:.4f}",

@@ -92,7 +92,14 @@ def call(
     return result
 
 
-def picture(row: int, ids: Tensor, seen: Tensor, labels: Tensor, start: int = 0) -> list[str]:
+def picture(
+    row: int,
+    ids: Tensor,
+    seen: Tensor,
+    labels: Tensor,
+    start: int = 0,
+    word_ids: Tensor | None = None,
+) -> list[str]:
     """Draw tokens of a row from `start` on: at most 12."""
     part = slice(start, start + 12)
 
@@ -101,7 +108,10 @@ def picture(row: int, ids: Tensor, seen: Tensor, labels: Tensor, start: int = 0)
         return [VOCABULARY[id] if 0 <= id < V else str(id) for id in tensor[row, part].tolist()]
 
     shown = ["·" if word == "-100" else word for word in words(labels)]
-    return drawn({"token": words(ids), "model sees": words(seen), "label": shown})
+    table = {"token": words(ids), "model sees": words(seen), "label": shown}
+    if word_ids is not None:
+        table["word"] = word_ids[row, part].tolist()
+    return drawn(table)
 
 
 def first(wrong: Tensor) -> tuple[int, int]:
@@ -227,23 +237,31 @@ def count_per_row(solution: Any) -> None:
     "10 % of all selected: of what is left after the mask tokens, that is half",
 )
 def treatment(solution: Any) -> None:
-    """At a rate of 1, where every token is a sample; also with other shares."""
+    """At a rate of 1, where every token is a sample; with other shares; and at 15 %, too."""
     ids, special = rows(B, T)
-    for mask_share, random_share in ((0.8, 0.1), (0.5, 0.3), (1.0, 0.0), (0.0, 0.0)):
+    for rate, mask_share, random_share in (
+        (1.0, 0.8, 0.1),
+        (1.0, 0.5, 0.3),
+        (1.0, 1.0, 0.0),
+        (1.0, 0.0, 0.0),
+        (0.15, 0.8, 0.1),
+    ):
         shares: dict[str, Any] = {
             "mask_replace_prob": mask_share,
             "random_replace_prob": random_share,
         }
-        seen, labels = call(solution, ids, special, 1.0, **shares)
-        treated = seen[~special], ids[~special]  # (n,) each
-        n, drawing = len(treated[0]), picture(0, ids, seen, labels)
-        hits = random_share / V  # a random id is the mask, or the original one, by chance
-        what = f"with {mask_share:.0%} and {random_share:.0%}, share of"
-        n_masks = int((treated[0] == MASK).sum())
-        share_is(f"{what} mask tokens", n_masks, n, mask_share + hits, drawing)
-        n_kept = int((treated[0] == treated[1]).sum())
-        kept = 1 - mask_share - random_share + hits
-        share_is(f"{what} unchanged tokens", n_kept, n, kept, drawing)
+        seen, labels = call(solution, ids, special, rate, **shares)
+        selected = ~special if rate == 1 else labels != -100
+        count_treatments(seen[selected], ids[selected], mask_share, random_share)
+
+
+def count_treatments(seen: Tensor, ids: Tensor, mask_share: float, random_share: float) -> None:
+    """Compare the shares among selected tokens, (n,) each."""
+    n, hits = len(ids), random_share / V  # a random id is the mask, or the original one, by chance
+    what = f"with {mask_share:.0%} and {random_share:.0%}, share of"
+    share_is(f"{what} mask tokens", int((seen == MASK).sum()), n, mask_share + hits)
+    kept = 1 - mask_share - random_share + hits
+    share_is(f"{what} unchanged tokens", int((seen == ids).sum()), n, kept)
 
 
 @EXERCISE.check(
@@ -260,6 +278,12 @@ def random_ids(solution: Any) -> None:
     counts = seen.flatten().bincount(minlength=V).tolist()
     for id, count in enumerate(counts):
         share_is(f"share of {VOCABULARY[id]} (id {id})", count, ids.numel(), 1 / V)
+    seen, _ = call(solution, ids, special, 1.0)  # 80/10/10: of what is neither mask nor original
+    rest = seen[(seen != MASK) & (seen != V - 1)]
+    counts = rest.bincount(minlength=V).tolist()
+    for id in {*range(V)} - {MASK, V - 1}:
+        what = f"with 80/10/10, share of {VOCABULARY[id]} (id {id}) among random ones"
+        share_is(what, counts[id], len(rest), 1 / (V - 2))
 
 
 @EXERCISE.check(
@@ -315,11 +339,17 @@ def generator_used(solution: Any) -> None:
 
 
 def words_of(n_rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids, special, and the number of each token's word in its row: 1 to 3 tokens each."""
+    """Return ids, special, and the number of each token's word in its row: 1 to 3 tokens each.
+
+    Some ordinary tokens are outside words; some special ones have the number of a word.
+    """
     ids, special = rows(n_rows, length)
     starts = torch.rand(ids.shape, generator=torch.Generator().manual_seed(7)) < 0.6  # (B, T)
     starts[:, 1] = True
-    return ids, special, (starts & ~special).cumsum(dim=1).masked_fill(special, -1)  # (B, T)
+    words = starts.cumsum(dim=1)  # (B, T)
+    words[:, 0] = -1
+    words[:, 9::10] = -1
+    return ids, special, words
 
 
 @EXERCISE.check(
@@ -328,30 +358,50 @@ def words_of(n_rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 def whole_words(solution: Any) -> None:
     """Selected together, and masked, replaced or kept together."""
     ids, special, words = words_of(128, 256)
+    outside = special | (words == -1)  # (B, T)
+    together = (words[:, 1:] == words[:, :-1]) & ~outside[:, 1:] & ~outside[:, :-1]  # (B, T - 1)
+
+    def whole(what: str, fate: Tensor, seen: Tensor, labels: Tensor, chance: int = 0) -> None:
+        """Raise Wrong if more than `chance` words have a part with another fate."""
+        wrong = (fate[:, 1:] != fate[:, :-1]) & together
+        if int(wrong.sum()) > chance:
+            row, start = first(wrong)
+            drawing = picture(row, ids, seen, labels, start, words)
+            raise Wrong(f"all tokens of a word {what}, or none", "a part of one", drawing)
+
     seen, labels = call(solution, ids, special, 0.5, word_ids=words)
-    selected, together = labels != -100, words[:, 1:] == words[:, :-1]  # (B, T), (B, T - 1)
-    wrong = (selected[:, 1:] != selected[:, :-1]) & together & (words[:, 1:] != -1)
-    if wrong.any():
-        row, start = first(wrong)
-        drawing = picture(row, ids, seen, labels, start)
-        drawing += drawn({"word": words[row, start : start + 12].tolist()})
-        raise Wrong("all tokens of a word selected, or none", "a part of one", drawing)
-    begins = words != -1
+    selected = labels != -100
+    whole("selected", selected, seen, labels)
+    begins = ~outside
     begins[:, 1:] &= ~together
-    n_words, n_selected = int(begins.sum()), int((begins & selected).sum())
-    share_is("share of words selected at 0.5", n_selected, n_words, 0.5)
-    equal("-1 is selected", bool((selected & (words == -1)).any()), False)
+    share_is("share of words selected at 0.5", int(selected[begins].sum()), int(begins.sum()), 0.5)
+    equal("tokens selected that are special or outside words", int((selected & outside).sum()), 0)
     for mask_share, random_share in ((0.5, 0.0), (0.0, 0.5)):
         shares: dict[str, Any] = {
             "mask_replace_prob": mask_share,
             "random_replace_prob": random_share,
         }
-        # So large a vocabulary that a random id is never the original one.
-        seen, labels = call(solution, ids, special, 1.0, word_ids=words, vocab_size=2**40, **shares)
-        changed = seen != ids  # (B, T)
-        wrong = (changed[:, 1:] != changed[:, :-1]) & together & (words[:, 1:] != -1)
-        if wrong.any():
-            row, start = first(wrong)
-            drawing = picture(row, ids, seen, labels, start)
-            drawing += drawn({"word": words[row, start : start + 12].tolist()})
-            raise Wrong("all tokens of a word replaced, or none", "a part of one", drawing)
+        # In so large a vocabulary a random id is hardly ever the original one.
+        seen, labels = call(
+            solution, ids, special, 1.0, word_ids=words, vocab_size=50_000, **shares
+        )
+        whole("replaced", seen != ids, seen, labels, chance=10)
+
+
+@EXERCISE.check(
+    "words, too, are drawn for each row, and treated 80/10/10",
+    "the first word of each row is another",
+)
+def words_by_row(solution: Any) -> None:
+    """Words of two tokens that begin at the same place in every row."""
+    ids, special = rows(128, 256)
+    special[:] = False
+    words = (torch.arange(256) // 2).expand(128, 256)  # (B, T)
+    seen, labels = call(solution, ids, special, 0.5, word_ids=words)
+    one = (labels != -100)[:, ::2].double() - 0.5  # (B, words)
+    correlation, limit = float((one[1:] * one[:-1]).mean()) * 4, SIGMAS / one[1:].numel() ** 0.5
+    if not abs(correlation) <= limit:
+        came = f"{correlation:.3f}"
+        raise Wrong(f"correlation of words in neighbouring rows: 0 within {limit:.2g}", came)
+    seen, labels = call(solution, ids, special, 1.0, word_ids=words)
+    count_treatments(seen[:, ::2].flatten(), ids[:, ::2].flatten(), 0.8, 0.1)

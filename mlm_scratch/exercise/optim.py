@@ -105,9 +105,10 @@ EXERCISE = Exercise(
 
 def has_decay(solution: Any, wanted: float, *endings: str) -> None:
     """Raise Wrong unless the parameters with these endings have this decay."""
-    for name, decay in decay_of(solution).items():
-        if name.endswith(endings):
-            equal(f"weight decay of {name}", decay, wanted)
+    for weight_decay in (0.1, 0.02):
+        for name, decay in decay_of(solution, weight_decay).items():
+            if name.endswith(endings):
+                equal(f"weight decay of {name}", decay, weight_decay if wanted else 0.0)
 
 
 @EXERCISE.check(
@@ -119,7 +120,7 @@ def complete(solution: Any) -> None:
     torch.optim.AdamW(solution.parameter_groups(Model(), 0.1))
 
 
-@EXERCISE.check("weight matrices and embeddings decay", "all that multiplies")
+@EXERCISE.check("weight matrices and embeddings decay", "a part of a name can mislead")
 def matrices(solution: Any) -> None:
     """Also one that has "normalize" in its name, without being a norm."""
     endings = ("embeddings.weight", "dense.weight", "normalize_scores.weight")
@@ -132,7 +133,7 @@ def biases(solution: Any) -> None:
     has_decay(solution, 0.0, "dense.bias", "decoder.bias")
 
 
-@EXERCISE.check("norms do not decay, whatever their name", "isinstance tells what a name hides")
+@EXERCISE.check("norms do not decay, whatever their name", "a name may say nothing: ln_f")
 def norms(solution: Any) -> None:
     """One is called ln_f."""
     has_decay(solution, 0.0, "LayerNorm.weight", "LayerNorm.bias", "ln_f.weight", "ln_f.bias")
@@ -147,12 +148,12 @@ def named_norms(solution: Any) -> None:
 
 
 def rates(solution: Any, total: int, warmup: int) -> None:
-    """Compare all steps of a schedule."""
-    came = [solution.linear(step, total, warmup) for step in range(total + 1)]
-    expected = [_Chapter.linear(step, total, warmup) for step in range(total + 1)]
-    steps = list(range(total + 1))
+    """Compare all steps of a schedule; and its end, if the warm-up is over by then."""
+    steps = list(range(total + (warmup < total)))
+    came = [solution.linear(step, total, warmup) for step in steps]
+    expected = [_Chapter.linear(step, total, warmup) for step in steps]
     for step in steps:
-        if abs(came[step] - expected[step]) > 1e-9:
+        if not abs(came[step] - expected[step]) <= 1e-9:
             at = max(0, step - 4)
             rows: dict[str, list[Any]] = {"step": steps, "expected": expected, "came": came}
             shown = {
@@ -163,14 +164,19 @@ def rates(solution: Any, total: int, warmup: int) -> None:
             raise Wrong(what, f"{came[step]:.4g}", drawn(shown))
 
 
-@EXERCISE.check("without a warm-up the rate falls from 1 to 0", "(total - step) / total")
+@EXERCISE.check(
+    "without a warm-up the rate falls from 1 to 0", "a straight line to 0 at total_steps"
+)
 def falls(solution: Any) -> None:
     """Of several lengths."""
     for total in (1, 2, 10):
         rates(solution, total, 0)
 
 
-@EXERCISE.check("a warm-up rises from 0, one step after the other", "step / warm-up")
+@EXERCISE.check(
+    "a warm-up rises from 0, one step after the other",
+    "the first step of a warm-up does not learn yet",
+)
 def rises(solution: Any) -> None:
     """Up to the peak at its end."""
     came = [solution.linear(step, 20, 5) for step in range(6)]
@@ -179,7 +185,8 @@ def rises(solution: Any) -> None:
 
 
 @EXERCISE.check(
-    "after the warm-up it falls to 0 over the steps that are left", "total minus warm-up of them"
+    "after the warm-up it falls to 0 over the steps that are left",
+    "the line down begins where the warm-up ends",
 )
 def rises_and_falls(solution: Any) -> None:
     """Of several shapes."""
@@ -191,7 +198,8 @@ def rises_and_falls(solution: Any) -> None:
     "a warm-up as long as the run, or longer, divides by no zero", "no step is left to fall over"
 )
 def borders(solution: Any) -> None:
-    """And the step after the last."""
+    """And the step after the last, which a scheduler asks for."""
     for total, warmup in ((5, 5), (5, 8)):
         rates(solution, total, warmup)
+    close("share at step 5 of 5, warm-up 5", solution.linear(5, 5, 5), 0.0)
     close("share at step 12 of 10", solution.linear(12, 10, 2), 0.0)

@@ -416,7 +416,7 @@ MISTAKES = [
         "loop",
         "    optimizer.zero_grad(set_to_none=False)\n",
         "",
-        "gradients are cleared after the step",
+        "gradients are cleared between steps",
     ),
     (
         "loop",
@@ -490,5 +490,100 @@ MISTAKES = [
         "score = p[at, id].item()",
         "score = p[at, id].item() / (sum(p[at, t].item() for t in every) if targets else 1)",
         "scores of targets are not renormalised",
+    ),
+    # one draw for both decisions: at 15 % all become the mask
+    (
+        "masking",
+        "selected = torch.rand(size, generator=generator).gather(1, unit) < mlm_probability",
+        "selected = treat < mlm_probability",
+        TREATMENT,
+    ),
+    # random ids from the draw that decided on them
+    (
+        "masking",
+        "ids = torch.randint(vocab_size, (B, T), generator=generator)",
+        "ids = (treat * vocab_size).long()",
+        "random ids come from the whole vocabulary",
+    ),
+    (
+        "masking",
+        "outside, unit = outside | (word_ids == -1), word_ids.clamp(min=0)",
+        "unit = word_ids.clamp(min=0)",
+        "with word_ids, the tokens of a word share their fate",
+    ),
+    (
+        "masking",
+        "outside, unit = outside | (word_ids == -1), word_ids.clamp(min=0)",
+        "outside, unit = (word_ids == -1), word_ids.clamp(min=0)",
+        "with word_ids, the tokens of a word share their fate",
+    ),
+    (
+        "masking",
+        "    size = (B, T + 1)\n",
+        "    if word_ids is not None: mask_replace_prob, random_replace_prob = 1.0, 0.0\n"
+        "    size = (B, T + 1)\n",
+        "words, too, are drawn for each row, and treated 80/10/10",
+    ),
+    (
+        "masking",
+        "    size = (B, T + 1)\n    treat = torch.rand(size, generator=generator).gather(1, unit)\n"
+        "    selected = torch.rand(size, generator=generator)",
+        "    size = (B, T + 1)\n    treat = torch.rand(size, generator=generator).gather(1, unit)\n"
+        "    shared = size if word_ids is None else (1, T + 1)\n"
+        "    selected = torch.rand(shared, generator=generator).expand(size)",
+        "words, too, are drawn for each row, and treated 80/10/10",
+    ),
+    (
+        "loader",
+        "return np.random.default_rng((seed, epoch)).permutation(n)",
+        "np.random.seed(seed * 1000 % 2**32 + epoch); return np.random.permutation(n)",
+        "equal seed and epoch give the same order",
+    ),
+    (
+        "loader",
+        "return np.random.default_rng((seed, epoch)).permutation(n)",
+        "return np.roll(np.random.default_rng(seed).permutation(n), epoch)",
+        "all orders are equally likely",
+    ),
+    # a shuffle that swaps each row with any, not with a later one
+    (
+        "loader",
+        "    return np.random.default_rng((seed, epoch)).permutation(n)",
+        """    r, order = np.random.default_rng((seed, epoch)), list(range(n))
+    for i, j in enumerate(r.integers(n, size=n)):
+        order[i], order[j] = order[j], order[i]
+    return order""",
+        "all orders are equally likely",
+    ),
+    (
+        "optim",
+        "return left / max(1, total_steps - warmup_steps)",
+        "return left / max(1, total_steps - warmup_steps) if total_steps > 3 else float('nan')",
+        "without a warm-up the rate falls from 1 to 0",
+    ),
+    (
+        "optim",
+        '"weight_decay": weight_decay}',
+        '"weight_decay": 0.1}',
+        "weight matrices and embeddings decay",
+    ),
+    (
+        "loop",
+        "if scaler.get_scale() >= before:",
+        "if scaler.get_scale() == before:",
+        "the schedule moves on once per step",
+    ),
+    (
+        "loop",
+        "loss = loss / max(1, step.n_masked)",
+        "loss = loss / max(1, sum(len(b.positions) for b in step.batches))",
+        "the loss is the mean over the masked tokens of the step",
+    ),
+    (
+        "fill_mask",
+        "best = sorted(every, key=lambda id: -p[at, id].item())[:top_k]",
+        """best = sorted(every, key=lambda id: -p[at, id].item())[:top_k]
+        if targets: best = every[:top_k]""",
+        "targets alone are considered, in the order of their scores",
     ),
 ]
