@@ -46,6 +46,8 @@ def _check(flag: str, value: Any, kind: Any, limits: Any) -> None:
         raise UserError(f"{flag} must be a list of texts, got {value!r}")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise UserError(f"{flag} must fit into 64 bits, got {value.bit_length()} bits")
+    if value == "":
+        raise UserError(f"{flag} is empty: pass a value, or leave it out")
     if isinstance(value, str) and not value.isprintable():
         raise UserError(f"{flag} is not printable text: {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -372,11 +374,6 @@ class OutputSettings(Section):
     )
     keep: int = _option(2, "checkpoints to keep", at_least=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.output_dir == "":
-            raise UserError("--output-dir is empty: pass a directory, or leave it out")
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -515,7 +512,8 @@ def check_effect(config: TrainConfig, given: Collection[str]) -> None:
     evaluation = config.evaluation
     has_text = bool(evaluation.eval_file or evaluation.eval_split or evaluation.eval_fraction != 0)
     is_evaluated = has_text or bool(evaluation.watch)
-    no_text = "there is no text to evaluate on: add --eval-file or --eval-fraction"
+    ways = "--eval-file" if config.text.streaming else "--eval-file or --eval-fraction"
+    no_text = f"there is no text to evaluate on: add {ways}"
     for name, has_effect, why in (
         ("eval_batch_size", has_text, no_text),
         ("eval_mlm_probability", has_text, no_text),

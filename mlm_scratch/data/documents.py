@@ -324,6 +324,8 @@ def _load_dataset(text: TextSettings, revision: str | None) -> tuple[Rows, str]:
     assert text.dataset is not None
     directory = Path(text.dataset)
     options: dict[str, Any] = {"split": text.split, "streaming": text.streaming}
+    if directory.is_file():
+        raise UserError(f"--dataset {text.dataset} is a file: use --train-file")
     if not directory.is_dir():
         revision = text.dataset_commit or text.dataset_revision or revision
         if text.streaming:  # a stream does not record its commit

@@ -11,9 +11,8 @@ import csv
 import gzip
 import io
 import json
-import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,14 +28,16 @@ class Row(NamedTuple):
     values: dict[str, str]  # by column; one without a value is missing
 
 
-def read_table(path: str, columns: Sequence[str] = (), header: bool | None = True) -> Iterator[Row]:
+def read_table(
+    path: str, columns: Sequence[str] = (), header: bool | Collection[str] = True
+) -> Iterator[Row]:
     """Yield the rows of a file.
 
     Args:
         path: the file.
         columns: the names of the columns where no header names them.
-        header: whether the first line of .csv, .tsv and .txt is one; None: if each of its fields
-            is a single word.
+        header: whether the first line of .csv, .tsv and .txt is one; or the names, in lower case,
+            of which one has to be in it to make it one.
 
     Raises:
         UserError: the file cannot be read; the message names the line.
@@ -56,7 +57,7 @@ def read_table(path: str, columns: Sequence[str] = (), header: bool | None = Tru
 
 def _csv(path: str, file: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)
-    reader, begun = csv.reader(file, strict=True), 1
+    reader, begun = csv.reader(file, strict=True, skipinitialspace=True), 1
     try:
         for cells in reader:
             yield begun, cells
@@ -71,26 +72,32 @@ def _tabs(file: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
 
 
 def _under_header(
-    path: str, lines: Iterator[tuple[int, list[str]]], columns: Sequence[str], header: bool | None
+    path: str,
+    lines: Iterator[tuple[int, list[str]]],
+    columns: Sequence[str],
+    header: bool | Collection[str],
 ) -> Iterator[Row]:
     """Name the fields of each line. Raises UserError for more fields than columns."""
-    has_header = header
+    is_first = True
     for number, cells in lines:
         if not any(cell.strip() for cell in cells):
             continue
-        if has_header is None:
-            has_header = all(cell.strip().isidentifier() for cell in cells)
-        if has_header:
-            columns, has_header = [cell.strip() for cell in cells], False
-            continue
-        has_header = False
+        if is_first:
+            names, is_first = [cell.strip() for cell in cells], False
+            known = header if isinstance(header, bool) else {*map(str.lower, names)} & {*header}
+            if known:
+                columns = names
+                for name in filter(None, names):
+                    if names.count(name) > 1:
+                        raise UserError(f"line {number} of {path} has the column {name!r} twice")
+                continue
         if any(cell.strip() for cell in cells[len(columns) :]):
             raise UserError(
                 f"line {number} of {path} has {len(cells)} fields, but there are {len(columns)} "
                 f"columns: {', '.join(columns)}"
             )
         named = zip(columns, cells, strict=False)
-        yield Row(number, {name: cell for name, cell in named if cell.strip()})
+        yield Row(number, {name: cell for name, cell in named if name and cell.strip()})
 
 
 def _json_lines(path: str, file: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
@@ -121,26 +128,28 @@ def _named(path: str, objects: Iterator[tuple[int, Any]]) -> Iterator[Row]:
 
 
 def _as_text(value: Any) -> str:
-    """Return a value of JSON as it is written there; "" for null and NaN."""
+    """Return a value of JSON as it is written there; "" for null, NaN, lists and objects."""
     if isinstance(value, str):
         return value
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or isinstance(value, list | dict) or value != value:
         return ""
     return json.dumps(value)
 
 
 def read_words(path: str) -> list[str]:
-    """Read a .txt file with a word per line, or a table with one column, without duplicates.
+    """Read a file with a word per line, or a table with the column "word", without duplicates.
 
     Raises:
-        UserError: the file cannot be read, or a line has more than a word.
+        UserError: the file cannot be read, or a line is not a word.
     """
     words = []
     try:
-        for number, values in read_table(path, ["word"], header=kind_of(path, KINDS) != "tabs"):
-            if len(values) != 1:
-                raise UserError(f"line {number} of {path} has {len(values)} fields instead of one")
-            words += [value.strip() for value in values.values()]
+        for number, values in read_table(path, ["word"], header=["word"]):
+            if values.keys() != {"word"}:
+                raise UserError(f"line {number} of {path} has no word, but {', '.join(values)}")
+            words.append(values["word"].strip())
+            if not words[-1].isprintable():
+                raise UserError(f"line {number} of {path} has a word that cannot be printed")
     except UserError as error:
         raise UserError(f"--add-tokens: {error}") from error
     words = list(dict.fromkeys(words))

@@ -107,6 +107,8 @@ def model_commit(name: str, revision: str | None) -> str | None:
 
 def model_digest(name: str) -> str | None:
     """Digest configuration, tokenizer and weights of a directory; None for other models."""
+    if name == BUNDLED:
+        return None
     suffixes = {".json", ".txt", ".model", ".safetensors", ".bin"}
     files = sorted(path for path in Path(name).glob("*") if path.suffix in suffixes)
     contents = {path.name: checksum(path) for path in files if path.name != MANIFEST}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mlm_scratch.data.tables import read_table
+from mlm_scratch.data.tables import KINDS, kind_of, read_table
 from mlm_scratch.hf.encode import encode, find_words
 from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError, shortened
@@ -41,8 +41,15 @@ def read_pairs(path: str) -> list[Pair]:
         UserError: the file cannot be read; the message names the line.
     """
     try:
-        rows = read_table(path, [known[0] for known in NAMES], header=None)
+        known = [name for names in NAMES[:2] for name in names]
+        rows = [*read_table(path, [names[0] for names in NAMES], header=known)]
         pairs = [_pair(path, number, values) for number, values in rows]
+        unnamed = rows[:1] if kind_of(path, KINDS) in ("csv", "tabs") else []
+        if any(n == 1 and all(map(str.isidentifier, row.values())) for n, row in unnamed):
+            raise UserError(
+                f"the first line of {path} looks like names of columns, of which none is known: "
+                f"use {_expected()}"
+            )
     except UserError as error:
         raise UserError(f"--pairs: {error}") from error
     if not pairs:
@@ -56,12 +63,17 @@ def _pair(path: str, number: int, values: dict[str, str]) -> Pair:
         next((by_name[name] for name in known if name in by_name), None) for known in NAMES
     )
     if good is None or bad is None:
-        expected = " and ".join(" or ".join(known) for known in NAMES[:2])
+        found = ", ".join(values) or "nothing"
         raise UserError(
-            f"line {number} of {path} has no good and bad sentence, but {', '.join(values)}: name "
-            f"the columns {expected}, perhaps with {' or '.join(NAMES[2])}"
+            f"line {number} of {path} has no good and bad sentence, but {found}: name the columns "
+            f"{_expected()}"
         )
     return Pair(good, bad) if phenomenon is None else Pair(good, bad, phenomenon)
+
+
+def _expected() -> str:
+    needed = " and ".join(" or ".join(names) for names in NAMES[:2])
+    return f"{needed}, perhaps with {' or '.join(NAMES[2])}"
 
 
 def judge(

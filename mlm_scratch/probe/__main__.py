@@ -55,14 +55,15 @@ def read_labelled(path: str, text_column: str, label_column: str) -> tuple[list[
     """Read texts and labels from a table (data/tables.py). Raises UserError."""
     texts, labels = [], []
     for number, values in read_table(path):
+        by_name = {name.lower(): value for name, value in values.items()}
         for name in (text_column, label_column):
-            if name not in values:
+            if name.lower() not in by_name:
                 raise UserError(
                     f"line {number} of {path} has no {name}, but {', '.join(values) or 'nothing'}: "
                     "see --text-column and --label-column"
                 )
-        texts.append(values[text_column])
-        labels.append(values[label_column])
+        texts.append(by_name[text_column.lower()])
+        labels.append(by_name[label_column.lower()].strip())
     return texts, labels
 
 

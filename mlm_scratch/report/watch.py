@@ -82,19 +82,25 @@ def _read(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"--watch: put one answer in brackets in {shortened(text)}, not {len(answers)}"
         )
     (match,) = answers
-    answer = match[1].strip()
-    sentence = text[: match.start()] + answer + text[match.end() :]
+    before, inside, after = text[: match.start()], match[1], text[match.end() :]
+    # Spaces inside the brackets are the answer's neighbours, unless there are some outside.
+    inside = inside.lstrip() if not before or before[-1].isspace() else inside
+    inside = inside if after[:1].isalnum() else inside.rstrip()
+    answer = inside.strip()
+    sentence = before + inside + after
     # The answer's own tokens are masked, as in training. To tokenize the sentence with masks in it
     # gives other ids: SentencePiece inserts a space after a mask.
     inputs = encode(model, tokenizer, [sentence])
     (input_ids,) = inputs["input_ids"]  # (T,)
-    start = match.start()
+    start = len(before) + len(inside) - len(inside.lstrip())
     at = _tokens_of(inputs, sentence, start, start + len(answer))  # (M,)
     if at is None:
         raise UserError(
             f"--watch: {answer!r} is not a separate word to this tokenizer in {shortened(text)}: "
             "put spaces around it, or use <mask>"
         )
+    if tokenizer.unk_token_id in input_ids[at].tolist():
+        raise UserError(f"--watch: {answer!r} is not in the vocabulary of this tokenizer")
     masked = input_ids.index_fill(0, at, tokenizer.mask_token_id)  # (T,)
     return Watched(text, masked, at, answer, input_ids[at])
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mlm_scratch.config import RECIPES, SECTIONS, TUTORIAL, TrainConfig, changed
+from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, TUTORIAL, TrainConfig, changed
 from mlm_scratch.hf.hub import model_commit, model_digest
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import checksum, write_text
@@ -148,19 +148,19 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
         is_new = {name for name, value in changes.items() if value != saved.get(name)}
         is_new |= PER_RANK if is_new & PER_RANK else set()
         changes = {name: value for name, value in changes.items() if name in is_new}
-        changes |= _contents_of(changes, saved)
         saved |= _per_rank(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(f"--resume: there is no run in {run_dir}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
+    changes |= _contents_of(changes, saved)
     check_same_run({name: saved.get(name) for name in changes if name not in PER_RANK}, changes)
     _check_same_rows(saved, {**saved, **changes})
     for name, value in changes.items():
         if name != "output_dir" and saved.get(name) != value:
             print(f"changed: {name} is {value} now, not {saved.get(name)}")
     config = changed(TUTORIAL, **{**saved, **changes, "output_dir": str(run_dir)})
-    _check_present(config, has_checkpoint=bool(checkpoints(run_dir)))
+    _check_present(config, {*changes}, has_checkpoint=bool(checkpoints(run_dir)))
     return config
 
 
@@ -170,14 +170,19 @@ def _contents_of(changes: dict[str, Any], saved: dict[str, Any]) -> dict[str, An
     if "model" in changes:
         also["model_commit"] = model_commit(changes["model"], saved["revision"])
         also["model_digest"] = model_digest(changes["model"])
+        if also["model_commit"] is also["model_digest"] is None and changes["model"] != BUNDLED:
+            raise UserError(f"--model: there is no directory {changes['model']}, or no model in it")
     if "add_tokens" in changes:
-        also["words_digest"] = checksum(Path(changes["add_tokens"]))
+        try:
+            also["words_digest"] = checksum(Path(changes["add_tokens"]))
+        except OSError as error:
+            raise UserError(f"--add-tokens: {changes['add_tokens']}: {error.strerror}") from error
     if "dataset" in changes:
         also |= {"dataset_commit": None, "train_file": ()}
     return also
 
 
-def _check_present(config: TrainConfig, has_checkpoint: bool) -> None:
+def _check_present(config: TrainConfig, given: set[str], has_checkpoint: bool) -> None:
     """Raise UserError for a file or directory of the run that is not where it was."""
     model, text = config.model, config.text
     needed = {"--train-file": text.train_file, "--eval-file": config.evaluation.eval_file}
@@ -186,7 +191,7 @@ def _check_present(config: TrainConfig, has_checkpoint: bool) -> None:
     if not has_checkpoint:  # it brings the model
         needed |= {"--model": (model.name,), "--add-tokens": (model.add_tokens or "",)}
     for flag, paths in needed.items():
-        for path in paths:
+        for path in paths if flag[2:].replace("-", "_") not in given else ():
             if os.path.isabs(path) and not os.path.exists(path):
                 raise UserError(f"--resume: {path} is gone: say where it is now with {flag}")
 

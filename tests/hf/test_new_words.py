@@ -18,6 +18,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
+from mlm_scratch.data.tables import read_words
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf.checks import longest_input
 from mlm_scratch.hf.encode import spell_target
@@ -207,8 +208,25 @@ def test_a_run_with_new_words_trains_saves_and_resumes(files, tmp_path, capsys):
     assert "Ġchloroplasts" in tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("name", ["words.csv", "words.tsv", "words.txt", "words.jsonl"])
+@pytest.mark.parametrize("header", [["word"], []])
+def test_every_kind_of_table_has_the_same_words(tmp_path, name, header):
+    """With a header that is called so, or without."""
+    lines = [*header, "foo", "bar", "foo"]
+    if name == "words.jsonl":
+        lines = [json.dumps({"word": word}) for word in lines[len(header) :]]
+    (tmp_path / name).write_text("\n".join(lines))
+    assert read_words(str(tmp_path / name)) == ["foo", "bar"]
+
+
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), ("\n \n", "has no words"), (b"\xff\xfe", "cannot")]
+    "content, message",
+    [
+        (None, "no such file"),
+        ("\n \n", "has no words"),
+        (b"\xff\xfe", "cannot"),
+        ("a\tb\n", "line 1 of"),
+    ],
 )
 def test_a_file_without_words_is_reported(files, tmp_path, content, message):
     path = tmp_path / "words.txt"

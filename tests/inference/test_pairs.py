@@ -50,6 +50,17 @@ def test_every_format_is_read(tmp_path):
     assert read_pairs(str(tmp_path / "h.csv")) == PAIRS
 
 
+@pytest.mark.parametrize(
+    "header", ["good\tbad\t", "Good\tBAD\tphenomenon type", "\tsentence_good\tsentence_bad"]
+)
+def test_a_first_line_with_a_known_name_is_no_pair(tmp_path, header):
+    """Whatever else is in it: an empty field, a name of several words, pandas' index."""
+    cells = ["A b", "A c", "x"] if not header.startswith("\t") else ["0", "A b", "A c"]
+    text = f"{header}\n" + "\t".join(cells if header.count("\t") == 2 else cells[:2])
+    (pair,) = read_pairs(write(tmp_path / "a.tsv", text))
+    assert pair[:2] == ("A b", "A c")
+
+
 @pytest.mark.parametrize("phenomenon", [0, "0", 1, "agreement"])
 def test_any_name_is_a_phenomenon(tmp_path, phenomenon):
     row = {"good": "a", "bad": "b", "phenomenon": phenomenon}
@@ -61,8 +72,13 @@ def test_any_name_is_a_phenomenon(tmp_path, phenomenon):
     "name, content, message",
     [
         ("a.tsv", "only one\n", "line 1 of .*a.tsv has no good and bad sentence"),
-        ("a.tsv", "sentence1\tsentence2\nA b\tA c", "line 2 of .* but sentence1, sentence2: name"),
-        ("a.tsv", "acceptable\tunacceptable\nA b\tA c", "the columns good or sentence_good and"),
+        ("a.tsv", "sentence1\tsentence2\nA b\tA c", "first line .* looks like names of columns"),
+        ("a.tsv", "acceptable\tunacceptable\nA b\tA c", "use good or sentence_good and bad or"),
+        (
+            "a.json",
+            '{"good": {"0": "a b"}, "bad": {"0": "a c"}}',
+            "line 1 of .* has no good and bad",
+        ),
         ("a.pairs", "A b\tA c", "unknown kind of file; use .csv, .tsv, .txt, .jsonl, .json"),
         ("a.jsonl", '{"good": NaN, "bad": "b"}', "line 1 of .* has no good and"),
         ("a.tsv", "", "the file is empty"),

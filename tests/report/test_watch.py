@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 from transformers import BertForMaskedLM, BertTokenizer
 
 from mlm_scratch.fill_mask import fill_mask
+from mlm_scratch.hf.encode import visible_token
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.report.watch import fill_watched, read_watched, short, watched_line
@@ -53,7 +54,8 @@ def test_fills_and_answers_equal_fill_mask():
             tokenizer,
         )
         for each in (first, second, third):
-            assert each["fill"] == best["token_str"].strip()
+            spelled = best["token_str"].strip() or visible_token(best["token"], tokenizer)
+            assert each["fill"] == spelled
             assert each["p"] == pytest.approx(best["score"])
         assert "answer" not in first and "answer" not in second
         assert third["answer"] == "is"
@@ -93,6 +95,7 @@ def uncased_with_normalization():
         ("Paris", ["paris"]),
         ("ROME", ["rome"]),
         (" Rome ", ["rome"]),
+        ("Rome ", ["rome"]),
         ("U.S.", ["u", ".", "s", "."]),
         ("3,000", ["3", ",", "000"]),
         ("\N{LATIN SMALL LIGATURE FI}sh", ["fish"]),
@@ -110,6 +113,23 @@ def test_the_ids_decide_whether_a_fill_is_right(answer, tokens, monkeypatch):
         (each,) = fill((f"The capital is [{answer}]",), model, tokenizer)
         assert each["right"] == right and short(each).endswith(": right") == right
         assert each["answer"] == answer.strip()
+
+
+def test_an_answer_outside_the_vocabulary_is_refused():
+    """Else every word that the tokenizer does not know would be right."""
+    tokenizer = wordpiece_tokenizer()
+    with pytest.raises(UserError, match="'whale' is not in the vocabulary of this tokenizer"):
+        read_watched(("The [whale] is",), BertForMaskedLM(bert_config()), tokenizer)
+
+
+def test_a_space_inside_the_brackets_stays_in_the_sentence():
+    tokenizer = byte_level_tokenizer()
+    model = roberta(tokenizer)
+    shown = [
+        tokenizer.decode(each.input_ids.index_put((each.at,), each.answer_ids))
+        for each in read_watched(("A[ heart] is", "A [ heart ] is", "A [heart]."), model, tokenizer)
+    ]
+    assert shown == ["<s>A heart is</s>", "<s>A heart is</s>", "<s>A heart.</s>"]
 
 
 def test_a_fill_without_letters_is_named():

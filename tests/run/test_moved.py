@@ -147,6 +147,25 @@ def test_a_stream_is_known_by_sizes_and_first_bytes(files, tmp_path):
         train(resumed_config("run", {"max_steps": 6}), resume=True)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "no/such"], "--model: there is no directory no/such, or no model in it"),
+        (["--model", "bundled"], "the model has changed"),
+        (["--train-file", "no.txt"], "no.txt: no such file"),
+        (["--add-tokens", "no.txt"], "no.txt: No such file"),
+        (["--add-tokens", "."], "Is a directory"),
+        (["--dataset", ""], "--dataset is empty"),
+    ],
+)
+def test_what_is_mistyped_at_a_resume_is_named(home, call, flags, message, monkeypatch):
+    train(config(home, output_dir="run"))
+    shutil.copytree(home / "model", "bundled")
+    stopped(Path("run"), None)
+    code, _, err = call(command, "--resume", "--output-dir", "run", *flags)
+    assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err
+
+
 def test_another_data_set_is_not_looked_up_at_the_commit_of_the_first(home):
     """A copy of it under another name on the Hub has its own commits."""
     run_dir = train(config(home, output_dir="run"))
