@@ -101,6 +101,7 @@ def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, names, sett
         assert_same_run(whole, train(settings, resume=True))
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_streams_the_same(files):
     alone = train(config(files, output_dir="alone", batch_size=20, whole_word=True))
     for ranks, step in ((2, 0), (4, 30)):

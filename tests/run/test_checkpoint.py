@@ -162,6 +162,7 @@ def test_a_checkpoint_that_fails_verification_replaces_no_older_one(files, monke
     assert find_fault(Path("run/checkpoint-5")) is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_in_one_line_and_the_run_resumes_once_there_is_space(files):
     """A limit on the size of files stands for the full disk: the system calls fail alike."""
     settings = config(files, eval_fraction=0.0, eval_every=0, max_steps=5)
