@@ -51,6 +51,7 @@ def moved(home, *, renamed):
     return there, flags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [4, None])
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_run_resumes_where_its_files_are_now(home, call, at, renamed):
@@ -112,8 +113,10 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("at", [4, None])
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit, at", [*((edit, None) for edit in EDITS), (edit_text, 4), (edit_weights, 4)]
+)
 def test_what_was_edited_is_not_the_same_run(home, call, edit, at):
     """Where it lay, or elsewhere; a model or words that a checkpoint brings are not read again."""
     run_dir = train(config(home, output_dir="run"))
