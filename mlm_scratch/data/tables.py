@@ -13,6 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,7 +23,7 @@ KINDS = {".csv": "csv", ".tsv": "tabs", ".txt": "tabs", ".jsonl": "json lines", 
 
 
 class Row(NamedTuple):
-    """A row that is not empty."""
+    """A row of a table."""
 
     number: int  # of its line, or in .json of its object, from 1
     values: dict[str, str]  # by column; one without a value is missing
@@ -78,19 +79,18 @@ def _under_header(
     header: bool | Collection[str],
 ) -> Iterator[Row]:
     """Name the fields of each line. Raises UserError for more fields than columns."""
-    is_first = True
+    lines = (line for line in lines if any(map(str.strip, line[1])))
+    if (first := next(lines, None)) is None:
+        return
+    names = [cell.strip() for cell in first[1]]
+    if header if isinstance(header, bool) else {*map(str.lower, names)} & {*header}:
+        columns = names
+        twice = [name for name in names if name and names.count(name) > 1]
+        if twice:
+            raise UserError(f"line {first[0]} of {path} has the column {twice[0]!r} twice")
+    else:
+        lines = chain([first], lines)
     for number, cells in lines:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if is_first:
-            names, is_first = [cell.strip() for cell in cells], False
-            known = header if isinstance(header, bool) else {*map(str.lower, names)} & {*header}
-            if known:
-                columns = names
-                for name in filter(None, names):
-                    if names.count(name) > 1:
-                        raise UserError(f"line {number} of {path} has the column {name!r} twice")
-                continue
         if any(cell.strip() for cell in cells[len(columns) :]):
             raise UserError(
                 f"line {number} of {path} has {len(cells)} fields, but there are {len(columns)} "

@@ -225,14 +225,13 @@ def seconds(call: Callable[[Any], object], solution: Any, repeats: int = 5) -> f
 # ---- What checks use -----------------------------------------------------------------------------
 
 
-def share_is(what: str, n_true: int, n: int, expected: float, drawing: Iterable[str] = ()) -> None:
+def share_is(what: str, n_true: int, n: int, expected: float) -> None:
     """Raise Wrong unless a share of n independent draws is the expected one, within chance."""
     off = SIGMAS * (expected * (1 - expected) / n) ** 0.5
     if not abs(n_true / n - expected) <= off:
         raise Wrong(
             f"{what}: {expected:.4g}, give or take {off:.1g} by chance in {n:,}",
             f"{n_true / n:.4f}",
-            drawing,
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, TUTORIAL, TrainConfig, changed
-from mlm_scratch.hf.hub import model_commit, model_digest
+from mlm_scratch.hf.hub import go_offline_without_hub, model_commit, model_digest
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import checksum, write_text
 from mlm_scratch.util.launch import this_launch
@@ -168,6 +168,7 @@ def _contents_of(changes: dict[str, Any], saved: dict[str, Any]) -> dict[str, An
     """Return what else changes if something lies elsewhere now: its digest, to be compared."""
     also: dict[str, Any] = {}
     if "model" in changes:
+        go_offline_without_hub(changes["model"])  # else its clients retry for a minute and a half
         also["model_commit"] = model_commit(changes["model"], saved["revision"])
         also["model_digest"] = model_digest(changes["model"])
         if also["model_commit"] is also["model_digest"] is None and changes["model"] != BUNDLED:

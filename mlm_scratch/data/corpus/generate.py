@@ -35,20 +35,25 @@ def held_out(table: Table, fact_number: int) -> int:
     return fact_number % len(table.phrasings)
 
 
-def explanations() -> Iterator[tuple[str, str, list[str]]]:
-    """Yield (category, question, answers) of each fact: all its phrasings but the held-out one."""
+def numbered_facts() -> Iterator[tuple[Table, int, tuple[str, ...]]]:
+    """Yield (table, number of the fact in it, fact) of each fact."""
     for table in TABLES:
         for number, fact in enumerate(table.facts):
-            answers = [fill(phrasing, table, fact) for phrasing in table.phrasings]
-            del answers[held_out(table, number)]
-            yield table.category, fill(table.question, table, fact), answers
+            yield table, number, fact
+
+
+def explanations() -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (category, question, answers) of each fact: all its phrasings but the held-out one."""
+    for table, number, fact in numbered_facts():
+        answers = [fill(phrasing, table, fact) for phrasing in table.phrasings]
+        del answers[held_out(table, number)]
+        yield table.category, fill(table.question, table, fact), answers
 
 
 def unseen_sentences() -> Iterator[tuple[str, str]]:
     """Yield (sentence, answer) of each fact in the one phrasing that the corpus never uses."""
-    for table in TABLES:
-        for number, fact in enumerate(table.facts):
-            yield fill(table.phrasings[held_out(table, number)], table, fact), fact[-1]
+    for table, number, fact in numbered_facts():
+        yield fill(table.phrasings[held_out(table, number)], table, fact), fact[-1]
 
 
 def unseen_prompts(chose: bool) -> Iterator[str]:
@@ -58,11 +63,10 @@ def unseen_prompts(chose: bool) -> Iterator[str]:
         chose: the half by which the recipe was chosen, every other fact of a table from the first
             on; or the other half, which reports.
     """
-    for table in TABLES:
-        for number, fact in enumerate(table.facts):
-            if (number % 2 == 0) == chose:
-                bracketed = (*fact[:-1], f"[{fact[-1]}]")
-                yield fill(table.phrasings[held_out(table, number)], table, bracketed)
+    for table, number, fact in numbered_facts():
+        if (number % 2 == 0) == chose:
+            bracketed = (*fact[:-1], f"[{fact[-1]}]")
+            yield fill(table.phrasings[held_out(table, number)], table, bracketed)
 
 
 def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
