@@ -11,7 +11,7 @@ from typing import Any
 from mlm_scratch.report.metrics import answer_curves, evaluations
 from mlm_scratch.report.watch import before_and_after, short
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 48, 12, 10, 28  # of a chart, in px
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 48, 28, 10, 28  # of a chart, in px
 TICKS = 5
 MAX_DOTS = 30  # of a curve; those of a longer one show under the mouse
 COLOURS = ("#2f6fb0", "#c8641b", "#2c8f4e", "#8a4fa8", "#b03a48", "#6b7280")
