@@ -13,6 +13,7 @@ import io
 import sys
 import threading
 from itertools import chain
+from pathlib import Path
 
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
@@ -45,8 +46,14 @@ def main() -> None:
     logging.disable_progress_bar()
     pairs = read_pairs(arguments.pairs) if arguments.pairs is not None else []
     device = choose_precision(arguments.device, "fp32").device
-    tokenizer = load_tokenizer(model_name)
-    model = load_model(model_name, dtype="auto").eval().to(device)
+    try:
+        tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype="auto")
+    except UserError:
+        if arguments.model is not None or Path(model_name).exists():
+            raise
+        model_name = newest_model()  # the run that wrote it has removed it meanwhile
+        tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype="auto")
+    model.eval().to(device)
     check_fit(tokenizer, model, model_name)
     score_method = arguments.score_method or METHODS[0]
     if pairs:

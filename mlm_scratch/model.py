@@ -36,9 +36,8 @@ class MaskedLM(nn.Module):
     """A *ForMaskedLM model of transformers whose head runs on masked positions only.
 
     Nearly every such model is an encoder and a head that treats each position by itself. A hook on
-    the encoder's output keeps the hidden states at the masked positions, (B, T, H) -> (1, N, H),
-    and the model's own head, whatever it is called, sees one row of N positions instead of B rows
-    of T.
+    the encoder gathers the hidden states at the masked positions, (B, T, H) -> (1, N, H), and the
+    model's own head, whatever it is called, sees one row of N positions instead of B rows of T.
 
     Attributes:
         dense_head: run the head on all positions, as Trainer does; for a head that mixes them.
@@ -59,8 +58,17 @@ class MaskedLM(nn.Module):
         self.hf_model, self.loss = hf_model, loss
         self.dense_head = False
         self.positions: Tensor | None = None  # (N,), set during a forward pass
-        hf_model.base_model.register_forward_hook(self._keep_positions)
+        self.hook = hf_model.base_model.register_forward_hook(self._keep_positions)
         self.train(hf_model.training)  # a new module starts in train mode
+
+    def gather_behind(self, module: nn.Module) -> None:
+        """Gather the hidden states that `module` returns, (B, T, H), instead of the encoder's.
+
+        Only attention mixes positions: behind it, the last layer can do without the others, too.
+        speed/checks.py finds the module.
+        """
+        self.hook.remove()
+        self.hook = module.register_forward_hook(self._keep_positions)
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum the cross-entropy over the masked tokens of a batch: () in nats.
@@ -98,9 +106,13 @@ class MaskedLM(nn.Module):
         """Call the model: (B, T) inputs -> logits, (B, T, V), or (1, N, V) if the hook gathers."""
         return self.hf_model(input_ids=input_ids, attention_mask=attention_mask).logits
 
-    def _keep_positions(self, encoder: nn.Module, inputs: tuple, output: Any) -> Any:
+    def _keep_positions(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
         """Gather the hidden states at the masked positions: (B, T, H) -> (1, N, H)."""
-        if self.positions is not None:
-            hidden = output["last_hidden_state"].flatten(0, 1)  # (B * T, H)
-            output["last_hidden_state"] = hidden[self.positions].unsqueeze(0)  # (1, N, H)
+        if self.positions is None:
+            return output
+        hidden = output if isinstance(output, Tensor) else output["last_hidden_state"]  # (B, T, H)
+        hidden = hidden.flatten(0, 1)[self.positions].unsqueeze(0)  # (1, N, H)
+        if isinstance(output, Tensor):
+            return hidden
+        output["last_hidden_state"] = hidden
         return output

@@ -4,6 +4,8 @@ Real classes, random weights, compared with the dense head, which is the model's
 and with the pipeline.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from mlm_scratch.hf.checks import ignores_padding, sparse_head_works, unused_par
 from mlm_scratch.loader import TokenRows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
-from mlm_scratch.speed.checks import first_position_if_packed, ready_mask_works
+from mlm_scratch.speed.checks import earliest_gather, first_position_if_packed, ready_mask_works
 from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import pack
 from tests.support.tiny import SENTENCES, batch_of, byte_level_tokenizer
@@ -124,26 +126,85 @@ def batch():
     return encoding["input_ids"], encoding["attention_mask"], labels
 
 
-def test_the_head_on_masked_positions_gives_the_dense_loss_and_gradients(model):
+def test_masked_positions_alone_give_the_dense_loss_and_gradients(model):
+    """To the head alone; and to all that follows the last layer's attention."""
     masked_lm = MaskedLM(model)
     assert sparse_head_works(masked_lm)
-    losses, gradients = [], []
-    for masked_lm.dense_head in (True, False):
+
+    def loss_and_gradients():
         model.zero_grad()
         loss_sum = masked_lm(batch_of(*batch()))
         loss_sum.backward()
-        losses.append(loss_sum.item())
-        gradients.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        )
+        named = model.named_parameters()
+        return loss_sum.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    masked_lm.dense_head = True
+    dense_loss, dense = loss_and_gradients()
     input_ids, attention_mask, labels = batch()
     own = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss.item()
-    assert losses[0] / 6 == pytest.approx(own, rel=1e-6)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
-    largest = max(gradient.abs().max().item() for gradient in gradients[0].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5 * largest)
+    assert dense_loss / 6 == pytest.approx(own, rel=1e-6)
+    largest = max(gradient.abs().max().item() for gradient in dense.values())
+    masked_lm.dense_head = False
+    for module in (model.base_model, earliest_gather(masked_lm, 12)):
+        masked_lm.gather_behind(module)
+        loss, gradients = loss_and_gradients()
+        assert loss == pytest.approx(dense_loss, rel=1e-5)
+        assert gradients.keys() == dense.keys() and dense
+        for name, gradient in dense.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * largest)
+
+
+# Where the masked positions are gathered in a last layer, where that is not its attention's norm.
+NOT_A_NORM = {
+    "albert": "",  # its layers are one, run several times
+    "esm": "encoder.layer.1.attention.output",  # its norms come before what they are for
+    "ibert": "",  # its modules return a scale, too
+    "megatron-bert": "encoder.layer.1.attention.output",
+    "mobilebert": "encoder.layer.1.output.bottleneck.LayerNorm",  # its layers have two streams
+    "modernbert": "layers.1",  # the sum behind its attention belongs to no module
+    "roberta-prelayernorm": "encoder.layer.1.attention.output",
+    "squeezebert": "",  # (B, H, T) inside
+    "xlm-roberta-xl": "encoder.layer.1.attention.output",
+}
+
+
+def test_the_last_layer_can_do_without_the_other_positions(model):
+    found = earliest_gather(MaskedLM(model), 12)
+    name = next(name for name, module in model.base_model.named_modules() if module is found)
+    if model.config.model_type in NOT_A_NORM:
+        assert name == NOT_A_NORM[model.config.model_type]
+    else:
+        assert re.fullmatch(r".*\.1\..*(norm|Norm)", name)
+
+
+def test_no_zero_of_a_new_model_hides_what_mixes_positions():
+    """A layer that is added with a scale of 0 at first, and learns to look at its neighbours."""
+
+    class Neighbours(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.scale = module, torch.nn.Parameter(torch.zeros(32))
+
+        def forward(self, hidden):
+            return self.module(hidden) + self.scale * hidden.roll(1, dims=1)
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(TOKENIZER), **BERT_LIKE)
+    model = AutoModelForMaskedLM.from_config(config)
+    last = model.bert.encoder.layer[1]
+    last.output.dropout = Neighbours(last.output.dropout)
+    assert earliest_gather(MaskedLM(model), 12) is last.output.LayerNorm
+
+
+def test_a_model_that_pads_long_rows_inside_gathers_at_its_end():
+    """BigBird's blocks of 4; short rows have all tokens attend to all."""
+    settings = BERT_LIKE | {"block_size": 4, "num_random_blocks": 1}
+    config = transformers.BigBirdConfig(vocab_size=len(TOKENIZER), pad_token_id=1, **settings)
+    masked_lm = MaskedLM(AutoModelForMaskedLM.from_config(config))
+    last = masked_lm.hf_model.bert.encoder.layer[1]
+    assert earliest_gather(masked_lm, 20) is last.attention.output.LayerNorm
+    assert earliest_gather(masked_lm, 64) is masked_lm.hf_model.bert
+    assert masked_lm.hf_model.bert.attention_type == "block_sparse"  # as it was
 
 
 def test_a_ready_attention_mask_is_used_where_it_gives_the_same(model):
@@ -168,6 +229,7 @@ def test_packed_texts_have_the_gradients_of_padded_ones(model):
     masked_lm.first_position = first
     padded = batch_of(*batch())
     packed = batch_of(*pack(*batch(), width=24))  # two texts in one row
+    masked_lm.gather_behind(earliest_gather(masked_lm, 12))
     assert len(padded.input_ids) == 2 and len(packed.input_ids) == 1
     gradients = []
     for one in (padded, packed):

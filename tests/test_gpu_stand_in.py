@@ -39,11 +39,11 @@ from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
 from mlm_scratch.report.log import NoReport
 from mlm_scratch.report.metrics import read_metrics
-from mlm_scratch.run import build
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
+from mlm_scratch.speed import checks
 from mlm_scratch.util.runs import MODEL, checkpoints
 from tests.support.fake_gpu import FakeGpu, Record, environment, fake_gpu, why_not
 from tests.support.processes import TIMEOUT, forget_after
@@ -427,7 +427,7 @@ def take_steps(
     losses: list[Tensor] = []
     settings = {"device": "cuda", "max_steps": N_STEPS, "log_every": 100} | settings
     probed, widths = [], []
-    works, masked_logits = build.sparse_head_works, MaskedLM.masked_logits
+    works, masked_logits = checks.sparse_head_works, MaskedLM.masked_logits
 
     def probe(model: MaskedLM) -> bool:
         probed.extend(parameter.device.type for parameter in model.parameters())
@@ -440,7 +440,7 @@ def take_steps(
 
     with (
         fake_gpu() as gpu,
-        patch.object(build, "sparse_head_works", probe),
+        patch.object(checks, "sparse_head_works", probe),
         patch.object(MaskedLM, "masked_logits", noted),
     ):
         t = prepare(small_config(files, **settings))

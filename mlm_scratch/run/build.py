@@ -15,7 +15,7 @@ from mlm_scratch.data.documents import count_shared, load_documents
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.data.tables import read_words
-from mlm_scratch.hf.checks import sparse_head_works, unused_parameters
+from mlm_scratch.hf.checks import unused_parameters
 from mlm_scratch.hf.hub import model_commit, model_digest
 from mlm_scratch.hf.load import load_tokenizer_and_model
 from mlm_scratch.loader import Collator
@@ -31,7 +31,7 @@ from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.state import Training, rate_schedule
 from mlm_scratch.speed.allocator import keep_freed_memory
 from mlm_scratch.speed.bf16_on_cpu import precision_on_cpu
-from mlm_scratch.speed.checks import first_position_if_packed, ready_mask_works
+from mlm_scratch.speed.checks import earliest_gather, first_position_if_packed, ready_mask_works
 from mlm_scratch.speed.compiling import compile_options
 from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import Layout
@@ -201,7 +201,12 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
         UserError: --gradient-checkpointing with a model that does not support it.
     """
     model, machine, length = FastMaskedLM(hf_model), config.machine, config.text.block_size
-    model.dense_head = machine.dense_head or not sparse_head_works(model)
+    module = None if machine.dense_head else earliest_gather(model, length)
+    model.dense_head = module is None
+    # With checkpointing at the encoder's end: a layer that the backward pass computes again would
+    # find no positions.
+    if module is not None and not machine.gradient_checkpointing:
+        model.gather_behind(module)
     if config.text.grouping == "lines":  # else no row is padded
         first = None if machine.no_packing else first_position_if_packed(model, length)
         model.packs, model.first_position = first is not None, first or 0

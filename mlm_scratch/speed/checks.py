@@ -1,13 +1,102 @@
 """What of this folder a model can take, found by running a small batch."""
 
-import torch
-from torch import Tensor
+import copy
+from typing import Any
 
-from mlm_scratch.hf.checks import copy_with_the_same_weights, in_eval_mode, refusal_means_no
+import torch
+from torch import Tensor, nn
+
+from mlm_scratch.hf.checks import (
+    copy_with_the_same_weights,
+    in_eval_mode,
+    refusal_means_no,
+    sparse_head_works,
+)
 from mlm_scratch.masking import IGNORE
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import pack
+
+
+def earliest_gather(model: MaskedLM, length: int) -> nn.Module | None:
+    """Find the earliest module behind which the masked positions are enough.
+
+    In most models it is the norm behind the last layer's attention: two thirds of that layer's
+    products come after it, and are left to do for 15 % of the positions. Off: --dense-head.
+
+    Args:
+        model: it gathers at the encoder's end so far.
+        length: of the run's rows; some models pad long rows inside the encoder.
+
+    Returns:
+        the module; None if not even the head can do without the other positions.
+    """
+    if not sparse_head_works(model):
+        return None
+    tried = _copy_with_other_vectors(model)
+    odd = length - 1 + length % 2  # no multiple of what a model could pad its rows to
+    for name in _modules_without_mixing(tried):
+        if all(_can_gather_behind(tried, name, width) for width in (4, odd)):
+            return model.hf_model.base_model.get_submodule(name)
+    return model.hf_model.base_model
+
+
+@refusal_means_no
+@torch.no_grad()
+def _can_gather_behind(model: MaskedLM, name: str, width: int) -> bool:
+    """Whether the logits are the same as from the encoder's output, in a row of this width."""
+    at = torch.tensor([0, 1, width - 1])  # (3,) fewer than the row has: no shape fits by chance
+    row = _rows_of([width], model)  # (1, T) each
+    logits = []
+    with in_eval_mode(model):
+        for behind in ("", name):
+            tried = copy_with_the_same_weights(model)
+            tried.gather_behind(tried.hf_model.base_model.get_submodule(behind))
+            logits.append(_logits_at(tried, at, *row))  # (3, V)
+    return _nearly_equal(logits[1], logits[0])
+
+
+def _modules_without_mixing(model: MaskedLM) -> list[str]:
+    """Name the modules of whose output a logit sees its own position alone, as they are run.
+
+    Only those that run once, and return hidden states.
+    """
+    tried = copy_with_the_same_weights(model).eval()
+    outputs: dict[str, list[Any]] = {}
+    for name, module in tried.hf_model.base_model.named_modules():
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: outputs.setdefault(name, []).append(output)
+        )
+    input_ids, attention_mask = _rows_of([4, 4], model)  # (B, T) each
+    logits = tried.logits(input_ids, attention_mask, None)  # (B * T, V)
+    hidden = {
+        name: seen[0]
+        for name, seen in outputs.items()
+        if len(seen) == 1 and isinstance(seen[0], Tensor) and seen[0].shape[:-1] == input_ids.shape
+    }
+    if not hidden:
+        return []
+    gradients = torch.autograd.grad(logits[1].sum(), [*hidden.values()], allow_unused=True)
+    reached = [None if grad is None else grad.flatten(0, 1).any(dim=1) for grad in gradients]
+    return [
+        name
+        for name, positions in zip(hidden, reached, strict=True)
+        if positions is not None and positions.nonzero().tolist() == [[1]]
+    ]
+
+
+def _copy_with_other_vectors(model: MaskedLM) -> MaskedLM:
+    """Copy a model: matrices are shared, biases and scales random, so that no 0 hides what it does.
+
+    A new model's biases are 0, and some have a scale of 0 where layers are added.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors if tensor.dim() > 1})
+    generator = torch.Generator().manual_seed(0)  # the run's own draws stay as they are
+    for parameter in copied.parameters():
+        if parameter.dim() <= 1:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return copied
 
 
 @refusal_means_no

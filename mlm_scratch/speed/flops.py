@@ -1,15 +1,17 @@
 """How much of a GPU a run uses: the FLOP of its steps, and the rate of the GPU's data sheet.
 
 MFU, model FLOP utilization, is the one per second divided by the other. Only what a step cannot do
-without counts: the head on masked positions alone, no layer computed again; but padding does.
+without counts: what runs on masked positions alone, no layer computed again; but padding does.
 """
 
 import math
 import re
+from contextlib import suppress
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
+from mlm_scratch.hf.checks import REFUSALS, copy_with_the_same_weights
 from mlm_scratch.loader import Step
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
@@ -27,19 +29,38 @@ class StepFlops:
     """Counts the FLOP of training steps of a model.
 
     6 per weight and position (2 forward, 4 backward) in the encoder's matrices, the attention
-    products, and the head where it runs. What gradient checkpointing computes again is left out.
+    products, and the head. What gradient checkpointing computes again is left out.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        linear = (part for part in model.base_model.modules() if isinstance(part, torch.nn.Linear))
-        self.matrices = sum(part.weight.numel() for part in linear)
-        self.attention = 2 * model.config.num_hidden_layers * model.config.hidden_size
-        self.head = model.config.hidden_size * (model.config.hidden_size + model.config.vocab_size)
+    def __init__(self, model: MaskedLM):
+        config = model.hf_model.config
+        self.all, self.gathered = weights_by_positions(model)
+        self.attention = 2 * config.num_hidden_layers * config.hidden_size
+        self.gathered += config.hidden_size * (config.hidden_size + config.vocab_size)
 
-    def count(self, positions: int, width: int, head_positions: int) -> float:
-        """Count those of `positions` in rows of `width`, of which the head sees some."""
-        encoder = positions * (self.matrices + width * self.attention)
-        return 6.0 * (encoder + head_positions * self.head)
+    def count(self, positions: int, width: int, gathered: int) -> float:
+        """Count those of `positions` in rows of `width`, of which the head sees those gathered."""
+        encoder = positions * (self.all + width * self.attention)
+        return 6.0 * (encoder + gathered * self.gathered)
+
+
+def weights_by_positions(model: MaskedLM) -> tuple[int, int]:
+    """Count the encoder's weights that multiply all positions, and those behind the gathering."""
+    tried = copy_with_the_same_weights(model)
+    counts = [0, 0]
+
+    def note(linear: nn.Linear, inputs: tuple, output: Tensor) -> None:
+        """Add the weights of a product with 4 positions or with the gathered one."""
+        counts[output.shape[:-1].numel() == 1] += linear.weight.numel()
+
+    for part in tried.hf_model.base_model.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(note)
+    ids = torch.zeros((1, 4), dtype=torch.int64, device=model.hf_model.device)  # (B, T)
+    first = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (N,)
+    with torch.no_grad():
+        tried.logits(ids, None, None if model.dense_head else first)
+    return counts[0], counts[1]
 
 
 class Utilization:
@@ -51,20 +72,21 @@ class Utilization:
 
     def __init__(self, model: MaskedLM, precision: Precision):
         self.dense_head, self.peak = model.dense_head, peak_rate(precision) or math.inf
-        shares_layers = hasattr(model.hf_model.config, "num_hidden_groups")  # as ALBERT does
-        self.known = self.peak < math.inf and not shares_layers
-        try:
-            self.flops = StepFlops(model.hf_model)
-        except AttributeError:  # an unusual config
-            self.known = False
+        self.flops = None
+        if self.peak < math.inf:
+            with suppress(*REFUSALS):  # an unusual config
+                self.flops = StepFlops(model)
+        self.known = self.flops is not None
 
     def seconds_at_peak(self, step: Step) -> float:
         """Return the time that a step would take at the device's peak; 0 if that is not known."""
         seconds = 0.0
-        for batch in step.batches if self.known else ():
+        if self.flops is None:
+            return seconds
+        for batch in step.batches:
             positions, width = batch.labels.numel(), batch.labels.shape[1]
-            head_positions = positions if self.dense_head else len(batch.positions)
-            seconds += self.flops.count(positions, width, head_positions) / self.peak
+            gathered = positions if self.dense_head else len(batch.positions)
+            seconds += self.flops.count(positions, width, gathered) / self.peak
         return seconds
 
 

@@ -124,7 +124,7 @@ def test_other_places_name_their_own_remedy(files, monkeypatch, call):
 
 
 def test_gradient_checkpointing_computes_the_layers_twice_and_changes_nothing(files, monkeypatch):
-    """With dropout, whose masks are drawn again."""
+    """With dropout, whose masks are drawn again, on all positions with or without."""
     forward, calls = RobertaIntermediate.forward, []
     monkeypatch.setattr(
         RobertaIntermediate, "forward", lambda self, x: calls.append(1) or forward(self, x)
@@ -132,11 +132,23 @@ def test_gradient_checkpointing_computes_the_layers_twice_and_changes_nothing(fi
     losses, counts = [], []
     for checkpointing in (False, True):
         settings = {"gradient_checkpointing": checkpointing, "max_steps": 5, "log_every": 1}
+        settings["dense_head"] = True
         calls.clear()
         losses.append(read_metrics(train(small_config(files, **settings))))
         counts.append(len(calls))
     assert losses[0] == losses[1]
     assert counts[1] - counts[0] == 2 * 5  # a layer of two, in each step
+
+
+def test_masked_positions_are_gathered_behind_layers_that_are_computed_again(
+    files_without_dropout,
+):
+    losses = []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "max_steps": 5, "log_every": 1}
+        run_dir = train(small_config(files_without_dropout, **settings))
+        losses.append([line["loss"] for line in read_metrics(run_dir)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 5
 
 
 def test_a_model_without_gradient_checkpointing_is_refused(files, monkeypatch):

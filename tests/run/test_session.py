@@ -19,7 +19,9 @@ from transformers import (
     BartForConditionalGeneration,
 )
 
+import infer
 from mlm_scratch.config import changed
+from mlm_scratch.hf import load as hf_load
 from mlm_scratch.hf.hub import newest_model
 from mlm_scratch.precision import Precision
 from mlm_scratch.report.metrics import read_metrics
@@ -192,6 +194,24 @@ def test_a_resumed_run_has_no_final_model_until_its_end(files, monkeypatch):
     assert newest_model().name == "checkpoint-4"
 
 
+def test_a_checkpoint_that_its_run_removes_while_it_is_loaded(files, monkeypatch, call):
+    """As a run does that goes on: the next one is there first."""
+    train(small_config(files, max_steps=4, save_every=4))
+    shutil.rmtree("runs/latest/model")
+
+    load = hf_load.load_tokenizer
+
+    def load_tokenizer(name):
+        if name.name == "checkpoint-4":
+            shutil.copytree(name, name.with_name("checkpoint-8"))
+            shutil.rmtree(name)
+        return load(name)
+
+    monkeypatch.setattr(hf_load, "load_tokenizer", load_tokenizer)
+    code, out, err = call(infer, "A <mask> galaxy.")
+    assert code == 0 and "using checkpoint-8" in err and "galaxy" in out
+
+
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_a_run_does_not_resume_on_another_text(files, tmp_path, which):
     """Of the same length, and with the same modification time."""
@@ -224,7 +244,7 @@ def test_an_edited_run_json_does_not_change_the_run(files, name, value):
 def test_a_model_without_a_sparse_head_runs_dense_and_says_so(files, monkeypatch, capsys):
     dense = read_metrics(train(small_config(files, dense_head=True)))
     assert "head on all positions\n" in capsys.readouterr().out
-    monkeypatch.setattr("mlm_scratch.run.build.sparse_head_works", lambda model: False)
+    monkeypatch.setattr(build, "earliest_gather", lambda model, length: None)
     assert read_metrics(train(small_config(files))) == dense
     assert "head on all positions (it needs all of them)" in capsys.readouterr().out
 
@@ -261,12 +281,15 @@ def test_a_resume_restores_the_random_state_of_the_device(files, monkeypatch):
     assert [state.tolist() for state in restored] == [[7]]
 
 
-def test_a_resume_may_find_that_the_model_can_do_something_else(files, monkeypatch, capsys):
+def test_a_resume_may_find_that_the_model_can_do_something_else(
+    files_without_dropout, monkeypatch, capsys
+):
     """What is found out by trying is no setting: another machine or version may find otherwise."""
-    settings = small_config(files, max_steps=10, save_every=5, log_every=1, lr=1e-6)
+    settings = {"max_steps": 10, "save_every": 5, "log_every": 1, "lr": 1e-6}
+    settings = small_config(files_without_dropout, **settings)
     whole = train(changed(settings, output_dir="whole"))
     run_dir = train(changed(settings, output_dir="run", max_steps=5))
-    monkeypatch.setattr(build, "sparse_head_works", lambda model: False)
+    monkeypatch.setattr(build, "earliest_gather", lambda model, length: None)
     train(changed(settings, output_dir="run"), resume=True)
     assert "head on all positions (it needs all of them)" in capsys.readouterr().out
     for one, other in zip(read_metrics(whole), read_metrics(run_dir), strict=True):

@@ -5,6 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForMaskedLM, RobertaConfig
 
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import DTYPES, Precision
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
@@ -37,7 +38,11 @@ def test_flops_of_distilroberta_by_hand():
         model = AutoModelForMaskedLM.from_config(config)
     encoder = 6 * (4 * 768**2 + 2 * 768 * 3072)
     expected = 1024 * (6 * encoder + 12 * 6 * 128 * 768) + 6 * 160 * (768**2 + 768 * 50265)
-    assert StepFlops(model).count(positions=1024, width=128, head_positions=160) == expected
+    masked_lm = MaskedLM(model)
+    assert StepFlops(masked_lm).count(positions=1024, width=128, gathered=160) == expected
+    masked_lm.gather_behind(model.roberta.encoder.layer[5].attention.output.LayerNorm)
+    expected -= 6 * (1024 - 160) * 2 * 768 * 3072
+    assert StepFlops(masked_lm).count(positions=1024, width=128, gathered=160) == expected
 
 
 @pytest.mark.parametrize("settings", [{}, {"dense_head": True}, {"grouping": "lines"}])
@@ -51,7 +56,7 @@ def test_only_what_is_executed_counts(files, monkeypatch, settings):
     for batch in step.batches:
         rows, width = batch.input_ids.shape
         head = rows * width if settings.get("dense_head") else int((batch.labels != -100).sum())
-        counted += StepFlops(t.hf_model).count(rows * width, width, head)
+        counted += StepFlops(t.model).count(rows * width, width, head)
     assert len(step.batches) == 2 and seconds == pytest.approx(counted / 1e9)
 
 

@@ -44,9 +44,10 @@ from mlm_scratch.data.rows import PreparedRows as TokenRows
 from mlm_scratch.data.rows import prepare_rows, tokenize, write_rows
 from mlm_scratch.hf.load import load_model
 from mlm_scratch.loader import Collator, Step
+from mlm_scratch.parallel.ranks import ALONE
 from mlm_scratch.precision import choose_precision
 from mlm_scratch.report.log import NoReport
-from mlm_scratch.run.build import prepare
+from mlm_scratch.run.build import adapt, prepare
 from mlm_scratch.run.signals import StopRequest
 from mlm_scratch.run.steps import run_steps
 from mlm_scratch.speed.allocator import THREAD_CACHE_OFF
@@ -311,7 +312,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         repeats,
     )
     precision = choose_precision(config.machine.device, config.machine.precision)
-    model = load_model(config.model.name, "scratch")
+    model = adapt(load_model(config.model.name, "scratch"), config, ALONE)
     masked = round(
         config.masking.rates[0] * config.optimization.batch_size * config.text.block_size
     )

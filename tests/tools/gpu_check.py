@@ -58,6 +58,7 @@ from mlm_scratch.data import corpus
 from mlm_scratch.hf.small_modernbert import train_tokenizer
 from mlm_scratch.loader import Step
 from mlm_scratch.loop import run_steps, train_step
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import DTYPES, Precision
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.state import Training
@@ -201,6 +202,7 @@ class Timed:
     seconds: float  # per step
     gigabytes: float  # peak on a GPU
     positions: float  # on which the head ran, per step
+    flop: float  # that a step cannot do without
 
 
 class Stopwatch(TrainerCallback):
@@ -218,10 +220,11 @@ class Stopwatch(TrainerCallback):
         elif self.done == self.warm_up + self.steps:
             self.end = time_when_idle()
 
-    def timed(self, positions: float) -> Timed:
-        """Return what was measured."""
+    def timed(self, model: MaskedLM, tokens: int, block: int, positions: float) -> Timed:
+        """Return what was measured of a step of `tokens`, whose head saw some positions."""
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-        return Timed((self.end - self.begin) / self.steps, peak / 1e9, positions)
+        flop = StepFlops(model).count(tokens, block, round(positions))
+        return Timed((self.end - self.begin) / self.steps, peak / 1e9, positions, flop)
 
 
 def time_when_idle() -> float:
@@ -306,7 +309,9 @@ class Check:
             train_step(step=step, **t.step_arguments())
             watch.on_step_end()
             positions += sum(len(batch.positions) for batch in step.batches)
-        return watch.timed(positions / watch.done)
+        return watch.timed(
+            t.model, rows * self.scale.block, self.scale.block, positions / watch.done
+        )
 
     def add_trainer(self, rows: int, precision: str) -> None:
         """Measure Trainer's steps. What it raises is kept: ours are still worth having."""
@@ -315,7 +320,9 @@ class Check:
         try:
             with fresh(precision):
                 run_trainer(self.config(self.random_ids, rows, precision), warm_up + steps, watch)
-                self.trainer[rows, precision].append(watch.timed(rows * self.scale.block))
+                tokens, block = rows * self.scale.block, self.scale.block
+                timed = watch.timed(MaskedLM(self.shape), tokens, block, positions=tokens)
+                self.trainer[rows, precision].append(timed)
         except TimeoutError:
             raise
         except Exception as error:
@@ -342,9 +349,9 @@ class Check:
         """Return the medians of some repetitions, and what follows from them."""
         seconds = statistics.median(one.seconds for one in timed)
         positions = statistics.median(one.positions for one in timed)
-        tokens, block = rows * self.scale.block, self.scale.block
+        tokens = rows * self.scale.block
         # Only what is executed counts: the head runs on `positions`, not always on all tokens.
-        rate = StepFlops(self.shape).count(tokens, block, round(positions)) / seconds
+        rate = statistics.median(one.flop for one in timed) / seconds
         peak = peak_rate(Precision(self.device, DTYPES[precision]))
         return {
             "seconds": seconds,

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mlm_scratch.loader import Collator, TokenRows, epoch_order
+from mlm_scratch.model import MaskedLM
 from mlm_scratch.speed.flops import StepFlops
 
 BLOCK = 128
@@ -133,7 +134,7 @@ def main() -> None:
     measured = measure(AutoTokenizer.from_pretrained(arguments.model))
     print(measured)
     tokens = ROWS_PER_GPU * BLOCK
-    flops = StepFlops(model).count(tokens, BLOCK, round(0.15 * tokens)) / tokens
+    flops = StepFlops(MaskedLM(model)).count(tokens, BLOCK, round(0.15 * tokens)) / tokens
     plans = [plan(gpus, model.num_parameters(), flops, measured) for gpus in (8, 64, 1024)]
     print("| GPUs | 8 | 64 | 1,024 |\n|---|---|---|---|")
     for name in plans[0]:
