@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from .loader import Batch, Step
+from .optim import next_rate
 
 
 def train_step(
     model: nn.Module,
     optimizer: Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     scaler: torch.amp.GradScaler,
     step: Step,
     *,
@@ -53,25 +54,27 @@ def train_step(
         nats per masked token, counts this process's rows only: those of all processes add up. The
         norm is measured before clipping.
     """
-    scale = scaler.get_scale()  # hardly a wait: nothing to compute is queued yet
-    loss = compute_gradients(model, scaler, step.batches, max(step.n_masked, 1), autocast)  # ()
+    one = torch.ones((), device=step.batches[0].labels.device)  # ()
+    scale = scaler.scale(one)  # () a copy on the device
+    loss = compute_gradients(model, scaler, step.batches, one * max(step.n_masked, 1), autocast)
     if step.n_masked == 0:  # gradients are 0, but AdamW would still apply momentum and decay
         optimizer.zero_grad()
         return loss, torch.zeros_like(loss)
     grad_norm = update_weights(model, optimizer, scaler, max_grad_norm)  # ()
-    if scaler.get_scale() >= scale:  # in fp16 the CPU waits for the GPU here
-        scheduler.step()  # a step that the scaler skipped does not count for the schedule
+    # A step that the scaler skipped does not count for the schedule. To know, the CPU waits.
+    if not scaler.is_enabled() or scaler.scale(one) >= scale:
+        scheduler.step()
     return loss, grad_norm
 
 
-# ---- On the device: its two halves read no number of the step (if the optimizer is fused) --------
+# ---- On the device: nothing that changes from step to step is a Python number here ---------------
 
 
 def compute_gradients(
     model: nn.Module,
     scaler: torch.amp.GradScaler,
     batches: list[Batch],
-    n_masked: int | Tensor,
+    n_masked: Tensor,
     autocast: Callable[[], AbstractContextManager],
 ) -> Tensor:
     """Add up the gradients of all batches, and return their loss, ()."""
@@ -117,7 +120,7 @@ def run_steps(
     steps: Iterable[Step],
     model: nn.Module,
     optimizer: Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     scaler: torch.amp.GradScaler,
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -129,7 +132,7 @@ def run_steps(
     The other arguments are those of `train_step`.
     """
     for step in steps:
-        learning_rate = float(scheduler.get_last_lr()[0])  # before train_step advances it
+        learning_rate = next_rate(scheduler)  # before train_step advances it
         loss, grad_norm = train_step(
             model,
             optimizer,

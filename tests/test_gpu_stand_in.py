@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
+from mlm_scratch.run.state import Training
 from mlm_scratch.run.steps import run_steps
 from mlm_scratch.speed import checks
 from mlm_scratch.util.runs import MODEL, checkpoints
 from tests.support.fake_gpu import FakeGpu, Record, environment, fake_gpu, why_not
 from tests.support.processes import TIMEOUT, forget_after
+from tests.support.recorded import Recorded
 from tests.support.same import WEIGHTS
 from tests.support.tiny import NO_DROPOUT, save_files, small_config
 
@@ -58,7 +61,7 @@ MUST_RUN = "MLM_SCRATCH_NEED_STAND_IN"  # if it is set, a skip is a failure
 # mask, packed also position ids.
 
 COPY = "asynchronous loader.py"
-FP16 = {"item loop.py": 2}  # the scale before the step and after it
+FP16 = {"item loop.py": 1}  # whether the scaler skipped the step
 LINES = {"grouping": "lines", "block_size": 64}
 MODERNBERT = {"model": "bundled", "init": "scratch"}
 
@@ -106,8 +109,9 @@ PERIODIC: list[tuple[dict[str, int], dict[str, int]]] = [
 FAULTS: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {
     "the loss read": ("bf16", {"item loop.py": 1}, {COPY: 3}),
     "the gradient norm read": ("bf16", {"item loop.py": 1}, {COPY: 3}),
-    "one wait more in fp16": ("fp16", {"item loop.py": 3}, {COPY: 3}),
+    "one wait more in fp16": ("fp16", {"item loop.py": 2}, {COPY: 3}),
     "a scaler for bf16": ("bf16", FP16, {COPY: 3}),
+    "a rate read": ("bf16", {"item loop.py": 1}, {COPY: 3}),
     "a blocking copy": ("bf16", {}, {"blocking loader.py": 3}),
     "memory that is not pinned": ("bf16", {}, {"blocking loader.py": 3}),
     "a number copied in the step": ("bf16", {}, {COPY: 3, "blocking loop.py": 1}),
@@ -119,6 +123,16 @@ FAULTS: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {
     "labels found by a mask": ("bf16", {"mask index loop.py": 1}, {COPY: 3}),
 }
 MIXED = "labels left on the CPU"  # raises
+
+# ---- A step as it would be in a CUDA graph: precision and the scale of the loss; with a fault.
+
+GRAPHS = {
+    "fp32": ("fp32", 1.0),
+    "bf16": ("bf16", 1.0),
+    "fp16": ("fp16", 2.0**10),
+    "fp16, skipped steps": ("fp16", 2.0**24),
+}
+BAKED_IN = ("the count of masked tokens", "the rate")
 
 # ---- What predictions with a model on the GPU do, from the text to the result: waits, copies.
 
@@ -323,6 +337,26 @@ def test_a_run_on_a_gpu_leaves_what_one_on_a_cpu_leaves(found, precision):
     assert result["names"] == ["checkpoint-4", "checkpoint-2"]
 
 
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_step_can_be_recorded_and_replayed(found, name):
+    """As by a CUDA graph: no number that changes from step to step is one of Python's.
+
+    The rate falls, each step has other data and another number of masked tokens, and in the last
+    case the scaler skips the first steps.
+    """
+    result = result_of(found, f"graph {name}")
+    assert len(set(result["masked"])) > 1 and len(result["plain"]) == len(result["masked"])
+    assert result["replayed"] == result["plain"]
+    assert result["difference"] == 0
+    assert result["skipped"] == (7 if name == "fp16, skipped steps" else 0)
+
+
+@pytest.mark.parametrize("name", BAKED_IN)
+def test_a_number_that_a_recording_has_baked_in_shows(found, name):
+    result = result_of(found, f"graph {name}")
+    assert result["replayed"] != result["plain"]
+
+
 def test_a_step_that_overflows_is_skipped(found):
     result = result_of(found, "overflow")
     rates = [line["learning_rate"] for line in result["gpu"] if "loss" in line]
@@ -406,6 +440,8 @@ def scenarios(files: Path) -> dict[str, Callable[[], Any]]:
             for name, (precision, _, _) in FAULTS.items()
         },
         f"fault {MIXED}": partial(with_fault, files, MIXED, "bf16"),
+        **{f"graph {name}": partial(recorded_steps, files, *GRAPHS[name]) for name in GRAPHS},
+        **{f"graph {name}": partial(recorded_steps, files, "fp32", 1.0, name) for name in BAKED_IN},
         **{f"run {name}": partial(whole_runs, files, name) for name in ("fp32", "bf16", "fp16")},
         "overflow": partial(whole_runs, files, "fp16", init_scale=2.0**40),
         "resume cpu cuda": partial(resumed_run, files, "cpu", "cuda"),
@@ -511,6 +547,9 @@ def planted(name: str) -> Iterator[None]:
         float(norm)
         return norm
 
+    def read_rate(schedule: Any) -> float:
+        return float(schedule.get_last_lr()[0])
+
     def leave(field: str) -> Callable:
         def to_device(batch: Batch, device: torch.device) -> Batch:
             kept: dict[str, Any] = {field: getattr(batch, field)}
@@ -535,6 +574,7 @@ def planted(name: str) -> Iterator[None]:
         "labels found by a mask": (MaskedLM, "forward", loss_then(find_labels)),
         "the gradient norm read": (loop, "clip_grad_norm_", read_norm),
         "a scaler for bf16": (Precision, "grad_scaler", lambda self: torch.amp.GradScaler("cuda")),
+        "a rate read": (loop, "next_rate", read_rate),
         "a blocking copy": (Batch, "to", copy(pin=True, non_blocking=False)),
         "memory that is not pinned": (Batch, "to", copy(pin=False, non_blocking=True)),
         "positions left on the CPU": (Batch, "to", leave("positions")),
@@ -542,6 +582,81 @@ def planted(name: str) -> Iterator[None]:
     }[name]
     with patch.object(owner, attribute, fault):
         yield
+
+
+# ---- A step recorded and replayed
+
+
+def recorded_steps(files: Path, precision: str, scale: float, baked_in: str = "") -> Any:
+    """Take 12 steps as they are; and again, the later ones as replays of the third."""
+
+    def prepared() -> Training:
+        settings = {"device": "cuda", "precision": precision, "max_steps": 12}
+        t = prepare(small_config(files, **settings))
+        t.loader.arrange = replace(t.loader.arrange, mask_rate=0.15)  # as many positions each time
+        t.scaler = torch.amp.GradScaler("cuda", init_scale=scale, enabled=precision == "fp16")
+        return t
+
+    with fake_gpu():
+        t = prepared()
+        steps = list(t.loader.steps(0, 12))[:11]  # the last one is short
+        plain = [[done.loss.item(), done.grad_norm.item()] for done in t_steps(t, steps)]
+        again, static, replayed = prepared(), Static(steps[0]), []
+        for number, step in enumerate(steps):
+            static.fill(step)
+            scale = again.scaler.get_scale()
+            if number > 2:
+                static.replay()
+            else:
+                static.compute(again, record=number == 2, baked_in=baked_in)
+            replayed.append([result.item() for result in static.results])
+            if again.scaler.get_scale() >= scale:
+                again.scheduler.step()
+        one, other = (list(run.hf_model.parameters()) for run in (t, again))
+        return {
+            "plain": plain,
+            "replayed": replayed,
+            "masked": [step.n_masked for step in steps],
+            "difference": max((a - b).abs().max().item() for a, b in zip(one, other, strict=True)),
+            "skipped": len(steps) - t.scheduler.last_epoch,
+        }
+
+
+def t_steps(t: Training, steps: list[Step]) -> Iterator[loop.Done]:
+    return loop.run_steps(steps, **t.step_arguments())
+
+
+class Static:
+    """The tensors that a graph of a step reads, and what it computes."""
+
+    def __init__(self, step: Step):
+        (batch,) = step.batches
+        self.batch = Batch._make(x if x is None else x.clone() for x in batch)
+        self.n_masked = torch.zeros((), device="cuda")
+        self.recorded = Recorded()
+        self.results: list[Tensor] = []  # loss and norm
+
+    def fill(self, step: Step) -> None:
+        for held, new in zip(self.batch, step.batches[0], strict=True):
+            if held is not None:
+                held.copy_(new)
+        self.n_masked.fill_(step.n_masked)
+
+    def compute(self, t: Training, record: bool, baked_in: str) -> None:
+        """Compute the device part of a step with the functions of the loop."""
+        n_masked: Any = self.n_masked
+        if baked_in == "the count of masked tokens":
+            n_masked = n_masked.item()
+        if baked_in == "the rate":
+            for group in t.optimizer.param_groups:
+                group["lr"] = float(group["lr"])
+        with self.recorded if record else nullcontext():
+            autocast = t.precision.autocast
+            loss = loop.compute_gradients(t.model, t.scaler, [self.batch], n_masked, autocast)
+            self.results = [loss, loop.update_weights(t.model, t.optimizer, t.scaler, 1.0)]
+
+    def replay(self) -> None:
+        self.recorded.replay()
 
 
 # ---- Runs and predictions on both devices
