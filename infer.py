@@ -11,15 +11,14 @@ python infer.py --generate 12 "The Milky Way"
 import argparse
 import io
 import sys
-import threading
 from itertools import chain
 from pathlib import Path
 
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
+from mlm_scratch.util.progress import announced, heavy_imports
 
 TOP_K = 5
-PATIENCE = 1.0  # seconds
 
 
 def main() -> None:
@@ -30,17 +29,17 @@ def main() -> None:
     model_name = newest_model() if arguments.model is None else arguments.model
     go_offline_without_hub(str(model_name))
 
-    # Imported late: this takes seconds, and the errors above are reported without it.
-    from transformers.utils import logging
+    with heavy_imports():  # late: this takes seconds, and the errors above are reported without it
+        from transformers.utils import logging
 
-    from mlm_scratch.hf.checks import check_fit
-    from mlm_scratch.hf.encode import use_own_mask
-    from mlm_scratch.hf.load import load_model, load_tokenizer
-    from mlm_scratch.inference.generate import generate
-    from mlm_scratch.inference.output import Output
-    from mlm_scratch.inference.pairs import judge, lines_of, read_pairs
-    from mlm_scratch.inference.score import METHODS
-    from mlm_scratch.precision import choose_precision
+        from mlm_scratch.hf.checks import check_fit
+        from mlm_scratch.hf.encode import use_own_mask
+        from mlm_scratch.hf.load import load_model, load_tokenizer
+        from mlm_scratch.inference.generate import generate
+        from mlm_scratch.inference.output import Output
+        from mlm_scratch.inference.pairs import judge, lines_of, read_pairs
+        from mlm_scratch.inference.score import METHODS
+        from mlm_scratch.precision import choose_precision
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -112,20 +111,14 @@ def check_arguments(arguments: argparse.Namespace, texts: list[str]) -> None:
 def read_texts() -> list[str]:
     """Read one text per line from standard input, unless that is a terminal.
 
-    Whoever sends nothing for a second is told what is waited for.
+    Whoever sends nothing for two seconds is told what is waited for.
     """
     if sys.stdin is None or sys.stdin.isatty():
         return []
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
-    notice = "reading texts from standard input, one per line, up to its end"
-    timer = threading.Timer(PATIENCE, print, [notice], {"file": sys.stderr})
-    timer.daemon = True
-    timer.start()
-    try:
+    with announced("reading texts from standard input, one per line, up to its end"):
         return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-    finally:
-        timer.cancel()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,6 +19,7 @@ from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
 from mlm_scratch.util.errors import OneLineParser, run_command
 from mlm_scratch.util.launch import this_launch
+from mlm_scratch.util.progress import heavy_imports
 from mlm_scratch.util.runs import MODEL
 
 
@@ -49,7 +50,8 @@ def main() -> None:
     text = config.text
     sources = [config.model.name, "" if text.train_file else text.dataset]
     go_offline_without_hub(*filter(None, sources))
-    from mlm_scratch.run.session import train  # imports torch and transformers: seconds
+    with heavy_imports():
+        from mlm_scratch.run.session import train
 
     run_dir = train(config, resume=resume)
     print(f"report: {run_dir / 'report.html'}; its picture: loss.png, its numbers: results.json")

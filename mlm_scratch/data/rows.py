@@ -31,7 +31,7 @@ from mlm_scratch.data.documents import TEXTS_PER_BATCH, Documents
 from mlm_scratch.loader import Collator, Loader, TokenRows, epoch_order
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import cache_dir, checksum, publish
-from mlm_scratch.util.progress import progress_bar
+from mlm_scratch.util.progress import late_bar
 
 ROWS_VERSION = 3  # increment when the same text yields different rows
 META = "meta.json"
@@ -97,7 +97,7 @@ def prepare_rows(
         shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():  # checked again: another run may have finished it meanwhile
         largest_id = max(tokenizer.get_vocab().values())
-        bar = progress_bar(documents, desc="tokenizing", unit=" documents", leave=False)
+        bar = late_bar(documents, desc="tokenizing", unit=" documents")
         write_rows(directory, tokenize(bar, tokenizer, config), largest_id)
     rows = _open_rows(directory, config)
     rows.text_digest = text_digest
@@ -178,7 +178,7 @@ def _gaps(text: str, spans: list[tuple[int, int]]) -> list[bool]:
 
 def _text_digest(documents: Documents) -> str:
     digest, empty = hashlib.sha256(), True
-    for text in documents:
+    for text in late_bar(documents, desc="reading", unit=" documents"):
         empty = empty and not text.strip()
         raw = text.encode("utf-8", "surrogatepass")
         digest.update(len(raw).to_bytes(8, "little") + raw)  # the length separates documents

@@ -12,6 +12,7 @@ from pathlib import Path
 from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.hf.hub import go_offline_without_hub, newest_model
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
+from mlm_scratch.util.progress import heavy_imports
 
 
 def main() -> None:
@@ -21,14 +22,14 @@ def main() -> None:
     name = given.pop("model") if "model" in given else str(newest_model())
     go_offline_without_hub(name)
 
-    # Imported late: this takes seconds, and the errors above are reported without the wait.
-    from transformers.utils import logging
+    with heavy_imports():  # late: this takes seconds, and the errors above are reported without it
+        from transformers.utils import logging
 
-    from mlm_scratch.explain.render import as_html, as_text
-    from mlm_scratch.explain.trace import trace
-    from mlm_scratch.hf.checks import check_fit, longest_input
-    from mlm_scratch.hf.load import load_model, load_tokenizer
-    from mlm_scratch.model import MaskedLM
+        from mlm_scratch.explain.render import as_html, as_text
+        from mlm_scratch.explain.trace import trace
+        from mlm_scratch.hf.checks import check_fit, longest_input
+        from mlm_scratch.hf.load import load_model, load_tokenizer
+        from mlm_scratch.model import MaskedLM
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

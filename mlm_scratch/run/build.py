@@ -38,6 +38,7 @@ from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import checksum
+from mlm_scratch.util.progress import announced
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 
@@ -60,7 +61,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     if precision.device.type == "cpu":
         keep_freed_memory()
     config = loaded.config
-    model = adapt(hf_model, config, ranks)
+    with announced("finding out what the model can do"):
+        model = adapt(hf_model, config, ranks)
     why = ""
     if machine.precision == "auto" and precision.device.type == "cpu":
         chosen, reason = ranks.rank0_decides(lambda: precision_on_cpu(model))
@@ -141,13 +143,15 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     if checkpoint is None and config.model.model_commit is None:
         commit = model_commit(config.model.name, config.model.revision)
         config = changed(config, model_commit=commit)
-    documents, eval_documents = load_documents(config)
+    with announced("looking up the text"):
+        documents, eval_documents = load_documents(config)
     words = (
         read_words(config.model.add_tokens) if config.model.add_tokens and not checkpoint else []
     )
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
     texts = islice(documents, TEXTS_OF_TOKENIZER) if config.text.streaming else documents
-    tokenizer, hf_model = load_tokenizer_and_model(config, texts, words, checkpoint)
+    with announced("loading tokenizer and model"):
+        tokenizer, hf_model = load_tokenizer_and_model(config, texts, words, checkpoint)
     source: Source
     if config.text.streaming:
         source = ShardedStream(documents, tokenizer, config, ranks)

@@ -1,8 +1,6 @@
 """Which errors are the user's, and which are the project's own and keep their traceback."""
 
-import io
 import sys
-import time
 
 import pytest
 
@@ -53,19 +51,3 @@ def test_a_message_that_announces_a_list_is_not_cut_at_the_colon():
     assert first_line(ValueError("one of: \n(1) a\n(2) b")) == "one of: (1) a (2) b"
     assert first_line(ValueError("first\nsecond")) == "first"
     assert first_line(ValueError()) == "ValueError"
-
-
-def test_who_sends_nothing_is_told_what_is_waited_for(monkeypatch, capsys):
-    class Slow(io.StringIO):
-        def __next__(self):
-            time.sleep(0.2)
-            return super().__next__()
-
-    monkeypatch.setattr(infer, "PATIENCE", 0.01)
-    monkeypatch.setattr(sys, "stdin", Slow("A <mask>.\n"))
-    assert infer.read_texts() == ["A <mask>."]
-    assert capsys.readouterr().err.startswith("reading texts from standard input, one per line")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("A <mask>.\n"))
-    monkeypatch.setattr(infer, "PATIENCE", 30)
-    infer.read_texts()
-    assert capsys.readouterr().err == ""

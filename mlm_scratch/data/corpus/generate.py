@@ -88,7 +88,7 @@ def rows(repeats: int = REPEATS, seed: int = SEED) -> list[dict]:
             "answers": {
                 "a_id": [f"a{number:06d}{letter}" for letter in "ab"[: len(answers)]],
                 "text": answers,
-                "score": [rng.randint(1, 99) for _ in answers],
+                "score": [*range(len(answers), 0, -1)],
                 "text_urls": [[] for _ in answers],
             },
             "title_urls": [],
