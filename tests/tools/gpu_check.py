@@ -1,25 +1,30 @@
-"""Check tests, speed, kernels and losses on one GPU, unattended, in at most 9 minutes.
+"""Check tests, speed, kernels, runs and losses on one GPU, unattended, in calls of 9 minutes.
 
-    python -m tests.tools.gpu_check --output gpu_check.json
+    python -m tests.tools.gpu_check --output gpu_check.json     # and again: it goes on
 
 1. the tests marked `cuda`;
 2. the tutorial's step (distilroberta-base's shape, blocks of 128) beside Hugging Face Trainer in
    the same precision, A B A B ...: 8 to 1,024 rows; bf16, fp16 and fp32 (TF32); plain and compiled.
    A compiled step is compared with the plain Trainer;
-3. a profile of one step: kernels, the time that the GPU is busy, and the gaps;
-4. 200 steps from random weights in bf16 and fp16 beside fp32.
+3. profiles of a step, plain and compiled: kernels, the time that the GPU is busy, and the gaps;
+4. train.py from its command line to its end, in two precisions; killed and resumed; on a GPU also
+   without enough memory; and steps under NCCL, with one rank;
+5. each part of speed/ switched off, in turn with it on;
+6. 200 steps from random weights in bf16 and fp16 beside fp32.
 
 Everything is one entry of a JSON file, which is written anew after each entry. One that raises, or
-that there is no time left for, says so, and the others still run. Weights and ids are random: no
-Hub is needed. Trainer has its rows in memory, as lists; the tutorial's lie on disk, which is
-slower. `datasets` has to be installed, because train.py reads its text through it.
+that there is no time left for, says so, and the others still run. A second call with the same file
+measures what the first had no time for. Weights and ids are random: no Hub is needed. Trainer has
+its rows in memory, as lists; the tutorial's lie on disk, which is slower. `datasets` has to be
+installed, because train.py reads its text through it.
 
-`--tiny` does all of it on a CPU in half a minute, to see that this program works.
+`--tiny` does all of it on a CPU in a minute, to see that this program works.
 """
 
 import argparse
 import copy
 import gc
+import hashlib
 import io
 import json
 import os
@@ -32,17 +37,19 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import distributed
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
@@ -53,16 +60,26 @@ from transformers import (
     TrainerCallback,
 )
 
+from mlm_scratch import model
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data import corpus
 from mlm_scratch.hf.small_modernbert import train_tokenizer
 from mlm_scratch.loader import Step
 from mlm_scratch.loop import run_steps, train_step
 from mlm_scratch.model import MaskedLM
+from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import DTYPES, Precision
-from mlm_scratch.run.build import prepare
+from mlm_scratch.report.metrics import METRICS, read_metrics
+from mlm_scratch.run import build
+from mlm_scratch.run.build import layouts, prepare
+from mlm_scratch.run.saver import Saver
+from mlm_scratch.run.session import train
 from mlm_scratch.run.state import Training
+from mlm_scratch.speed import model as fast_model
 from mlm_scratch.speed.flops import StepFlops, peak_rate
+from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary
+from mlm_scratch.util import errors as cli
+from mlm_scratch.util.errors import UserError
 from tests.support.tiny import NO_DROPOUT, write_text
 from tests.tools.bench import ROOT, run_trainer, summary, tutorial_shape
 
@@ -76,6 +93,9 @@ AIMS = (
 PRECISIONS = ("bf16", "fp16", "fp32")
 TESTS_LIMIT = 180  # seconds
 MEANS = 10  # of the losses of a run
+
+Group = tuple[tuple[int, ...], tuple[str, ...], bool]  # sizes, precisions, compiled
+Switch = Callable[[], AbstractContextManager]  # does without something
 
 
 def roberta_config(vocab: int, hidden: int, layers: int, heads: int, length: int) -> RobertaConfig:
@@ -104,10 +124,10 @@ class Scale:
     )
     pairs: int = 3  # of ours and Trainer's
     # What to measure, in this order: (rows, precisions, compiled).
-    groups: tuple[tuple[tuple[int, ...], tuple[str, ...], bool], ...] = (
+    groups: tuple[Group, ...] = (
         ((8, 256), ("bf16",), False),
-        ((8, 256), ("fp16", "fp32"), False),
         ((8, 256), ("bf16",), True),
+        ((8, 256), ("fp16", "fp32"), False),
         ((1024, 64), PRECISIONS, False),
         ((8, 256), ("fp16", "fp32"), True),
         ((1024, 64), PRECISIONS, True),
@@ -115,6 +135,8 @@ class Scale:
     repeats: int = 26  # of each fact in the text to learn
     vocabulary: int = 4096  # of its tokenizer
     learning: tuple[int, int, float] = (32, 200, 1e-4)  # rows, steps, learning rate
+    run: tuple[int, int] = (256, 60)  # rows, steps of train.py
+    switched: int = 256  # rows of a step with parts of speed/ on and off
     needs: int = 15  # seconds that must be left to begin an entry; four times that to compile
 
 
@@ -125,6 +147,8 @@ TINY = Scale(
     steps={2: (1, 2), 4: (1, 2)},
     pairs=2,
     groups=(((2, 4), PRECISIONS, False), ((2,), ("bf16",), True)),
+    run=(4, 12),
+    switched=4,
     repeats=1,
     vocabulary=300,
     learning=(4, 20, 1e-3),
@@ -151,9 +175,14 @@ class Entry:
 Task = tuple[Entry, Callable[[Entry], None], float]
 
 
-def run_tasks(tasks: Iterable[Task], deadline: float) -> Iterator[Entry]:
-    """Fill one entry after the other; an error in one of them is its result."""
+def run_tasks(
+    tasks: Iterable[Task], deadline: float, known: dict[str, Entry] | None = None
+) -> Iterator[Entry]:
+    """Fill one entry after the other, but those that are known; an error in one is its result."""
     for entry, work, needs in tasks:
+        if known and entry.name in known:
+            yield known[entry.name]
+            continue
         begin = time.monotonic()
         if deadline - begin <= needs:
             entry.failure = "not reached: out of time"
@@ -263,11 +292,23 @@ class Check:
 
     def tasks(self) -> Iterator[Task]:
         """Yield all there is to do, the most important first."""
-        first, *others = self.scale.groups
+        plain, compiled, *others = self.scale.groups
+        needs = self.scale.needs
         yield Entry("tests marked cuda"), run_tests, 0
-        yield from self.step_tasks(*first)
-        yield Entry("profile of a step"), self.profile, self.scale.needs
-        yield Entry("losses from random weights"), self.compare_losses, 2 * self.scale.needs
+        for group in (plain, compiled):
+            yield from self.step_tasks(*group)
+        yield Entry("profile of a step"), partial(self.profile, plain, 0), needs
+        yield Entry("profile of a large step, compiled"), partial(self.profile, compiled, -1), needs
+        for precision in ("auto", "fp16"):
+            yield Entry(f"train.py, {precision}"), partial(self.train, precision), 2 * needs
+        yield Entry("train.py, killed and resumed"), self.kill_and_resume, 3 * needs
+        yield Entry("train.py, out of memory"), self.run_out_of_memory, 2 * needs
+        yield Entry("all-reduce with one rank"), self.all_reduce, needs
+        for name, (without, settings) in PARTS.items():
+            work = partial(self.switch_off, without, settings)
+            yield Entry(f"without {name}"), work, 2 * needs
+        yield Entry("without background writer"), self.write_in_the_foreground, 3 * needs
+        yield Entry("losses from random weights"), self.compare_losses, 2 * needs
         for group in others:
             yield from self.step_tasks(*group)
 
@@ -296,10 +337,11 @@ class Check:
             if ours:
                 self.fill(entry, ours, theirs)
 
-    def our_steps(self, rows: int, precision: str, compiled: bool) -> Timed:
+    def our_steps(self, rows: int, precision: str, compiled: bool = False, **others: Any) -> Timed:
         """Measure our steps, with the loading, masking and copying of their data."""
+        directory = self.lines if others.get("grouping") == "lines" else self.random_ids
         with fresh(precision):
-            t = prepare(self.config(self.random_ids, rows, precision, compile=compiled))
+            t = prepare(self.config(directory, rows, precision, compile=compiled, **others))
             return self.time_steps(t, t.loader.steps(0, sum(self.scale.steps[rows])), rows)
 
     def time_steps(self, t: Training, steps: Iterator[Step], rows: int) -> Timed:
@@ -361,12 +403,13 @@ class Check:
             "peak_gigabytes": max(one.gigabytes for one in timed) or None,
         }
 
-    def profile(self, entry: Entry) -> None:
-        """Profile one step of the first shape; its time is that of steps that are not profiled."""
-        (rows, *_), (precision, *_), _ = self.scale.groups[0]
+    def profile(self, group: Group, which: int, entry: Entry) -> None:
+        """Profile one step of a group; its time is that of steps that are not profiled."""
+        sizes, (precision, *_), compiled = group
+        rows = sizes[which]
         count = sum(self.scale.steps[rows])
         with fresh(precision):
-            t = prepare(self.config(self.random_ids, rows, precision))
+            t = prepare(self.config(self.random_ids, rows, precision, compile=compiled))
             steps = t.loader.steps(0, count + 1)
             seconds = self.time_steps(t, islice(steps, count), rows).seconds
             on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
@@ -374,6 +417,124 @@ class Check:
                 train_step(step=next(steps), **t.step_arguments())
                 time_when_idle()
         entry.values = {"seconds": seconds} | kernel_figures(profiler.events() or [], seconds)
+
+    # ---- Runs from the command line
+
+    def command(self, name: str, *flags: Any, precision: str = "auto") -> list[str]:
+        """Return the command of a run into a directory `name`."""
+        rows, steps = self.scale.run
+        directory = self.random_ids
+        settings = [
+            *("--model", directory, "--init", "scratch", "--train-file", directory / "text.txt"),
+            *("--block-size", self.scale.block, "--batch-size", rows, "--max-steps", steps),
+            *("--device", self.device, "--precision", precision, "--log-every", 1),
+            *("--eval-fraction", 0.05, "--save-every", steps // 6, "--keep", 10),
+            *("--output-dir", self.directory / name),
+        ]
+        return [sys.executable, str(ROOT / "train.py"), *map(str, [*settings, *flags])]
+
+    def train(self, precision: str, entry: Entry) -> None:
+        """Train from the command line to the end."""
+        name = f"whole-{precision}"
+        result = run_command(self.command(name, precision=precision))
+        run = self.directory / name
+        entry.values = {"exit_code": result.returncode, "output": tail(result)}
+        lines = read_metrics(run)
+        losses = [line["loss"] for line in lines if "loss" in line]
+        results = json.loads((run / "results.json").read_text())
+        figures = {name: results[name] for name in ("steps", "seconds", "tokens_per_second")}
+        entry.values |= figures | {"first_loss": losses[0], "last_loss": losses[-1]}
+
+    def kill_and_resume(self, entry: Entry) -> None:
+        """Kill a run as it goes on after a checkpoint, resume it, and compare with a whole one."""
+        whole = self.directory / "whole-auto"
+        if not whole.exists():  # measured by a call before this one
+            self.train("auto", Entry(""))
+        run, half = self.directory / "killed", self.scale.run[1] // 6 * 3
+        process = subprocess.Popen(self.command("killed"), stdout=subprocess.DEVNULL)
+        try:
+            while process.poll() is None and not (run / f"checkpoint-{half}").exists():
+                time.sleep(0.005)
+        finally:
+            process.kill()
+            process.wait()
+        lines = read_metrics(run)
+        resumed = run_command(
+            [sys.executable, str(ROOT / "train.py"), "--resume", "--output-dir", str(run)]
+        )
+        one, other = ([line.get("loss", 0.0) for line in read_metrics(d)] for d in (whole, run))
+        entry.values = {
+            "killed_at": lines[-1]["step"],
+            "exit_code": resumed.returncode,
+            "output": tail(resumed),
+            "same_metrics": int((whole / METRICS).read_text() == (run / METRICS).read_text()),
+            "largest_difference": max(abs(a - b) for a, b in zip(one, other, strict=True)),
+        }
+
+    def run_out_of_memory(self, entry: Entry) -> None:
+        """Let train.py want more memory than a GPU has: exit code 2, and what to do."""
+        entry.values = dict.fromkeys(("exit_code", "advice"))
+        if self.device.type == "cuda":
+            result = run_command(self.command("large", "--batch-size", self.scale.text))
+            advice = next((line for line in tail(result) if "out of memory" in line), None)
+            entry.values = {"exit_code": result.returncode, "advice": advice}
+
+    def all_reduce(self, entry: Entry) -> None:
+        """Take the same steps with gradients all-reduced by NCCL (on a CPU gloo), and without."""
+        rows, _ = self.scale.run
+        losses = []
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            for ranks in (ALONE, Ranks(size=2)):  # who is one of two wraps the model
+                with fresh("fp32"):
+                    t = prepare(self.config(self.facts, rows, "fp32"))
+                    t.ddp_model = ranks.wrap(t.model, t.precision.device)
+                    done = run_steps(t.loader.steps(0, 5), **t.step_arguments())
+                    losses.append([step.loss.item() for step in done])
+        finally:
+            distributed.destroy_process_group()
+        entry.values = {
+            "last_loss": losses[0][-1],
+            "largest_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        }
+
+    # ---- Parts of speed/, on and off
+
+    def switch_off(self, without: Switch, settings: dict[str, Any], entry: Entry) -> None:
+        """Alternate steps without a part and with it."""
+        rows, pairs = self.scale.switched, []
+        precision = self.scale.groups[0][1][0]
+        for _ in range(self.scale.pairs):
+            with_it = self.our_steps(rows, precision, **settings)
+            with without():
+                pairs.append((with_it, self.our_steps(rows, precision, **settings)))
+        entry.values = gain(pairs) | {
+            "gigabytes": pairs[0][0].gigabytes or None,
+            "gigabytes_without": pairs[0][1].gigabytes or None,
+        }
+
+    def write_in_the_foreground(self, entry: Entry) -> None:
+        """Alternate runs that save while they go on, as on every GPU, and runs that wait."""
+        rows, steps = self.scale.run
+        settings = {"max_steps": steps, "save_every": steps // 6, "init": "scratch"}
+        pairs: list[tuple[Timed, Timed]] = []
+        for number in range(self.scale.pairs):
+            timed = []
+            for in_background in (True, False):
+                name = str(self.directory / f"writer-{number}-{in_background}")
+                config = self.config(self.random_ids, rows, "fp32", output_dir=name, **settings)
+                saver = Saver(in_background)
+                with (
+                    fresh("fp32"),
+                    patch.object(build, "Saver", lambda *_, saver=saver, **__: saver),
+                ):
+                    run = train(config)
+                seconds = json.loads((run / "results.json").read_text())["seconds"]
+                timed.append(Timed(seconds, 0.0, 0.0, 0.0))
+            pairs.append((timed[0], timed[1]))
+        entry.values = gain(pairs)
+
+    # ---- Losses
 
     def compare_losses(self, entry: Entry) -> None:
         """Train from the same random weights, on the same data and masks, in each precision."""
@@ -432,6 +593,18 @@ class Check:
         return save(self.directory / "random", self.scale.model, number_tokenizer(vocab), texts)
 
     @cached_property
+    def lines(self) -> Path:
+        """The model, and random documents of 4 tokens up to a whole row."""
+        vocab, block = self.scale.model.vocab_size, self.scale.block
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(4, block - 1, (self.scale.text,), generator=generator).tolist()
+        texts = [
+            " ".join(map(str, torch.randint(4, vocab - 1, (n,), generator=generator).tolist()))
+            for n in lengths
+        ]
+        return save(self.directory / "lines", self.scale.model, number_tokenizer(vocab), texts)
+
+    @cached_property
     def facts(self) -> Path:
         """A model without dropout, so that only the precision differs, and a text to learn."""
         model = copy.deepcopy(self.scale.model)
@@ -440,6 +613,58 @@ class Check:
         texts = [" ".join(row["answers"]["text"]) for row in rows]
         tokenizer = train_tokenizer(texts, self.scale.vocabulary)
         return save(self.directory / "facts", model, tokenizer, texts)
+
+
+# How to do without a part of speed/, and the settings of the steps in which it matters.
+PARTS: dict[str, tuple[Switch, dict[str, Any]]] = {
+    "gathering behind the last attention": (
+        lambda: patch.object(build, "earliest_gather", lambda model, _: model.hf_model.base_model),
+        {},
+    ),
+    "padded vocabulary": (
+        lambda: patch.object(
+            build, "pad_vocabulary", lambda m: PaddedVocabulary(m.hf_model.config.vocab_size)
+        ),
+        {},
+    ),
+    "chunked loss": (
+        lambda: patch.object(fast_model, "cross_entropy_sum", model.cross_entropy_sum),
+        {},
+    ),
+    "packing": (
+        lambda: patch.object(build, "first_position_if_packed", lambda model, length: None),
+        {"grouping": "lines"},
+    ),
+    "aligned rows": (
+        lambda: patch.object(
+            build, "layouts", lambda config, model, _: layouts(config, model, False)
+        ),
+        {"grouping": "lines", "no_packing": True},
+    ),
+    "ready attention mask": (
+        lambda: patch.object(build, "ready_mask_works", lambda model, length: False),
+        {"grouping": "lines", "no_packing": True},
+    ),
+}
+
+
+def gain(pairs: list[tuple[Timed, Timed]]) -> dict[str, Any]:
+    """Return how much longer steps take without a part than with it."""
+    timed = summary([(one.seconds, other.seconds) for one, other in pairs])
+    return {"seconds": timed["ours"]} | {
+        name: timed[name] for name in ("ratio", "lowest", "highest")
+    }
+
+
+def run_command(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of this project without the Hub."""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=offline, cwd=ROOT)
+
+
+def tail(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """Return the last lines of its errors and of its output."""
+    return [*result.stderr.splitlines()[-5:], *result.stdout.splitlines()[-15:]]
 
 
 def run_tests(entry: Entry) -> None:
@@ -522,8 +747,35 @@ def environment(device: torch.device) -> dict[str, str | None]:
         "transformers": transformers.__version__,
         "cuda": torch.version.cuda,
         "driver": driver,
+        "source": source_digest(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def source_digest() -> str:
+    """Digest the package: figures of another version do not go with these."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "mlm_scratch").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read_report(path: Path, facts: dict[str, str | None]) -> dict[str, Entry]:
+    """Return the entries of a call before this one that need not be measured again, by name.
+
+    Raises:
+        UserError: they are of another device or version.
+    """
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    for name, value in report["environment"].items():
+        if name != "date" and value != facts[name]:
+            raise UserError(
+                f"{path} is of {name} {value}, not {facts[name]}: give another --output"
+            )
+    entries = [Entry(**entry) for entry in report["entries"]]
+    return {entry.name: entry for entry in entries if "out of time" not in entry.failure}
 
 
 def verdicts(entries: list[Entry]) -> list[str]:
@@ -594,11 +846,12 @@ def main() -> None:
     if device.type == "cuda":  # Trainer would use all GPUs that it sees
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-    facts = environment(device)
+    facts, output = environment(device), Path(arguments.output)
+    known = read_report(output, facts)
     entries: list[Entry] = []
     with tempfile.TemporaryDirectory() as directory:
         check = Check(TINY if arguments.tiny else Scale(), device, Path(directory))
-        for entry in run_tasks(check.tasks(), begin + 60 * arguments.minutes):
+        for entry in run_tasks(check.tasks(), begin + 60 * arguments.minutes, known):
             entries.append(entry)
             print(f"{entry.seconds:6.1f} s  {entry.name}  {entry.failure}", file=sys.stderr)
             report = {
@@ -606,11 +859,11 @@ def main() -> None:
                 "aims": verdicts(entries),
                 "entries": [asdict(entry) for entry in entries],
             }
-            Path(arguments.output).write_text(json.dumps(report, indent=1))
+            output.write_text(json.dumps(report, indent=1))
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value), "", sep="\n")
     print(*table(entries), "", *other_lines(entries), "", sep="\n")
     print("Aims for one H100, in bf16:", "", *verdicts(entries), sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run_command(main))

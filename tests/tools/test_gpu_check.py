@@ -15,7 +15,12 @@ from tests.tools.gpu_check import TINY, Check, Entry
 
 COMPILED = "2 x 16, bf16, compiled"
 STEPS = [f"{rows} x 16, {p}" for p in ("bf16", "fp16", "fp32") for rows in (2, 4)] + [COMPILED]
-OTHERS = ["tests marked cuda", "profile of a step", "losses from random weights"]
+PROFILES = ["profile of a step", "profile of a large step, compiled"]
+RUNS = ["train.py, auto", "train.py, fp16", "train.py, killed and resumed"]
+WITHOUT = [f"without {part}" for part in (*gpu_check.PARTS, "background writer")]
+OTHERS = ["tests marked cuda", *PROFILES, *RUNS, "train.py, out of memory"]
+OTHERS += ["all-reduce with one rank", *WITHOUT, "losses from random weights"]
+NEEDS_COMPILER = (COMPILED, "profile of a large step, compiled")
 
 
 def entries_of(path):
@@ -29,25 +34,47 @@ def rows_of(output):
 
 
 @pytest.mark.slow
-def test_all_of_it(call, tmp_path):
-    code, output, errors = call(gpu_check, "--tiny", "--output", tmp_path / "all.json")
-    assert code in (0, None), errors
-    entries = entries_of(tmp_path / "all.json")
+def test_all_of_it_in_two_calls(call, tmp_path, monkeypatch):
+    """The first of which has no time for anything but the tests marked `cuda`."""
+    path = tmp_path / "all.json"
+    code, output, errors = call(gpu_check, "--tiny", "--minutes", 0, "--output", path)
+    assert code == 0, errors
+    entries = entries_of(path)
     assert sorted(entries) == sorted(STEPS + OTHERS)
-    assert list(rows_of(output)) == STEPS
+    assert {entry["failure"] for entry in entries.values()} == {"not reached: out of time"}
+    assert {cells[-1] for cells in rows_of(output).values()} == {"not reached: out of time"}
+    assert output.count("not measured") == 4
+    code, output, errors = call(gpu_check, "--tiny", "--output", path)
+    assert code == 0, errors
+    entries = entries_of(path)
+    assert sorted(entries) == sorted(STEPS + OTHERS)
+    assert sorted(rows_of(output)) == sorted(STEPS)
     for name, entry in entries.items():
-        if name == COMPILED and not shutil.which("g++"):
+        if name in NEEDS_COMPILER and not shutil.which("g++"):
             assert entry["failure"]
             continue
         assert not entry["failure"], entry
+        if name == "train.py, out of memory" and not torch.cuda.is_available():
+            continue
         numbers = [v for v in entry["values"].values() if isinstance(v, int | float)]
         assert numbers and all(number >= 0 for number in numbers)
         for value, reason in ((v, entry["missing"].get(k)) for k, v in entry["values"].items()):
             assert bool(reason) == (value is None)
         if name in STEPS:
             assert entry["values"]["ratio"] > 0 and entry["values"]["tokens_per_second"] > 0
+    for name in RUNS:
+        assert entries[name]["values"]["exit_code"] == 0, entries[name]
+    assert entries["train.py, auto"]["values"]["steps"] == TINY.run[1]
+    assert entries["all-reduce with one rank"]["values"]["largest_difference"] < 1e-5
+    with monkeypatch.context() as patch:  # a third call has nothing to measure
+        patch.setattr(Check, "our_steps", None)
+        assert call(gpu_check, "--tiny", "--output", path)[0] == 0
+    assert entries_of(path) == entries
     if torch.cuda.is_available():
         return
+    killed = entries["train.py, killed and resumed"]["values"]
+    assert killed["same_metrics"] == 1 and killed["largest_difference"] == 0
+    assert 0 < killed["killed_at"] < TINY.run[1]
     assert entries["tests marked cuda"]["values"]["skipped"] > 5
     assert set(entries["profile of a step"]["missing"]) == {
         *("launches", "copies", "busy_seconds", "gap_seconds", "kernels")
@@ -58,16 +85,12 @@ def test_all_of_it(call, tmp_path):
     assert 0 < losses["bf16_largest_difference"] < 0.05
 
 
-def test_no_time(call, tmp_path):
-    code, output, _ = call(gpu_check, "--tiny", "--minutes", 0, "--output", tmp_path / "no.json")
-    assert code in (0, None)
-    entries = entries_of(tmp_path / "no.json")
-    assert sorted(entries) == sorted(STEPS + OTHERS)
-    assert {entry["failure"] for entry in entries.values()} == {"not reached: out of time"}
-    assert {name: cells[-1] for name, cells in rows_of(output).items()} == dict.fromkeys(
-        STEPS, "not reached: out of time"
-    )
-    assert output.count("not measured") == 4
+def test_figures_of_another_version_are_not_mixed_in(call, tmp_path):
+    path = tmp_path / "old.json"
+    facts = gpu_check.environment(torch.device("cpu")) | {"source": "123456789abc"}
+    path.write_text(json.dumps({"environment": facts, "entries": []}))
+    code, _, errors = call(gpu_check, "--tiny", "--output", path)
+    assert code == 2 and "is of source 123456789abc, not " in errors
 
 
 def test_an_entry_that_raises_or_runs_on_is_recorded_and_the_rest_still_run():
