@@ -3,6 +3,7 @@
 python train.py --epochs 2
 python train.py --model distilbert/distilroberta-base --train-file my.txt --lr 5e-5
 python train.py --resume
+python train.py --dry-run --train-file my.txt
 torchrun --nproc-per-node 2 train.py --epochs 2
 """
 
@@ -17,7 +18,7 @@ from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, check_effect, resolve
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
-from mlm_scratch.util.errors import OneLineParser, run_command
+from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 from mlm_scratch.util.launch import this_launch
 from mlm_scratch.util.progress import heavy_imports
 from mlm_scratch.util.runs import MODEL
@@ -36,6 +37,9 @@ def main() -> None:
             given[name] = os.path.abspath(given[name])
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     recipe, resume = given.pop("recipe", "auto"), given.pop("resume", False)
+    dry = given.pop("dry_run", False)
+    if dry and resume:
+        raise UserError("--dry-run tries the first steps of a new run: leave out --resume")
     if resume:
         if recipe != "auto":
             given["recipe"] = recipe
@@ -51,8 +55,12 @@ def main() -> None:
     sources = [config.model.name, "" if text.train_file else text.dataset]
     go_offline_without_hub(*filter(None, sources))
     with heavy_imports():
+        from mlm_scratch.run.dry_run import dry_run
         from mlm_scratch.run.session import train
 
+    if dry:
+        dry_run(config)
+        return
     run_dir = train(config, resume=resume)
     print(f"report: {run_dir / 'report.html'}; its picture: loss.png, its numbers: results.json")
     logs, model = (shlex.quote(str(run_dir / name)) for name in ("logs", MODEL))
@@ -91,6 +99,12 @@ def parse_arguments() -> argparse.Namespace:
         "--resume",
         action="store_true",
         help="continue the run in --output-dir (default: the newest run) from its last checkpoint",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the text, the steps, evaluations and checkpoints to come, time three steps, and "
+        "leave nothing behind",
     )
     return parser.parse_args()
 

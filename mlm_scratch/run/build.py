@@ -1,6 +1,7 @@
 """What is built before the first step: text, model, optimizer, schedule, and the run in memory."""
 
 import math
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.config import BUNDLED, ModelSettings, TrainConfig, changed, flat
-from mlm_scratch.data.documents import count_shared, load_documents
+from mlm_scratch.data.documents import Documents, count_shared, load_documents
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.data.tables import read_words
@@ -27,6 +28,7 @@ from mlm_scratch.report.watch import read_answerable, read_watched
 from mlm_scratch.run.checkpoint import load_state
 from mlm_scratch.run.directory import check_same_run
 from mlm_scratch.run.losses import LossMeter
+from mlm_scratch.run.mistakes import mistakes
 from mlm_scratch.run.saver import Saver
 from mlm_scratch.run.state import Training, rate_schedule
 from mlm_scratch.speed.allocator import keep_freed_memory
@@ -88,6 +90,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     )
     optimization = config.optimization
     total_steps = optimization.max_steps or math.ceil(optimization.epochs * loader.steps_per_epoch)
+    if ranks.is_first:
+        share, epoch = loaded.shared_share, loader.steps_per_epoch
+        for line in mistakes(config, source, loaded.documents, share, total_steps, epoch):
+            print(f"warning: {line}", file=sys.stderr)
     optimizer = build_optimizer(hf_model, optimization.lr, optimization.weight_decay)
     t = Training(
         config,
@@ -98,6 +104,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         model,
         ddp_model=model,
         loader=loader,
+        documents=loaded.documents,
         source=source,
         eval_rows=loaded.eval_rows,
         eval_layout=eval_layout,
@@ -130,8 +137,10 @@ class Loaded(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     hf_model: PreTrainedModel
+    documents: Documents
     source: Source
     eval_rows: PreparedRows | None
+    shared_share: float  # of the documents to evaluate on, those that are in the training text, too
     answers: dict[str, tuple[str, ...]]  # sentences that ask for what the text says (documents.py)
     labels: dict[str, str]  # what is read for training and evaluation, with its version
     config: TrainConfig  # with the commits that the Hub had: a resume loads the same
@@ -166,7 +175,7 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
             f"{len(rows):,} rows of up to {config.text.block_size}"
         )
     eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    labels = {"training": documents.label}
+    labels, shared = {"training": documents.label}, 0
     if eval_documents is not None and eval_rows is not None:
         labels["evaluation"] = eval_documents.label
         where = "held out" if eval_documents.held_out else f"to evaluate on: {eval_documents.label}"
@@ -190,7 +199,8 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     if config.model.revision and not (config.model.model_commit or config.text.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
     answers = eval_documents.answers if eval_documents is not None else {}
-    return Loaded(tokenizer, hf_model, source, eval_rows, answers, labels, config)
+    share = shared / len(eval_documents) if eval_documents else 0.0
+    return Loaded(tokenizer, hf_model, documents, source, eval_rows, share, answers, labels, config)
 
 
 def _origin(model: ModelSettings) -> str:

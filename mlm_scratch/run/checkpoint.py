@@ -62,8 +62,7 @@ def save_model(
     Raises:
         OSError: it cannot be written.
     """
-    size = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
-    needed = size if state is None else 3 * size  # AdamW keeps two moments per weight
+    needed = size_of(model, with_state=state is not None)
     free = shutil.disk_usage(directory.parent).free
     if free < needed:
         raise OSError(f"{directory.name} needs {needed:,} bytes, and only {free:,} are free")
@@ -86,6 +85,12 @@ def save_model(
                 f"{directory.name} cannot be written completely (is the disk full?): {error}"
             ) from error
         raise
+
+
+def size_of(model: PreTrainedModel, *, with_state: bool) -> int:
+    """Return the bytes that a model takes on the disk, or a checkpoint, with the run's state."""
+    size = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+    return 3 * size if with_state else size  # AdamW keeps two moments per weight
 
 
 def _note_checksums(directory: Path) -> None:

@@ -48,7 +48,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         # Before the first step; or, if a signal cut it short before the resume, that of this step.
         ends = t.evaluate_and_save(run.report, run.stop) if t.evaluation_is_due() else False
         if not (ends or t.out_of_patience()):
-            with out_of_memory_means(_smaller_batches(t)):
+            with out_of_memory_means(_how_to_go_on(t)):
                 run_steps(t, run.report, run.stop)
         run.conclude()
     return t.run_dir
@@ -193,8 +193,8 @@ def _directory_errors(directory: Path) -> Iterator[None]:
         threading.excepthook = excepthook
 
 
-def _smaller_batches(t: Training) -> str:
-    """Describe how the same steps fit into less memory."""
+def smaller_batches(t: Training) -> list[str]:
+    """List the flags with which the same steps fit into less memory."""
     size, ways = t.config.optimization.batch_size, []
     if size > 1:
         smaller = max(part for part in range(1, size) if size % part == 0)
@@ -202,7 +202,11 @@ def _smaller_batches(t: Training) -> str:
         ways.append(f"--batch-size {smaller} --accumulate {accumulate}")
     if t.hf_model.supports_gradient_checkpointing and not t.config.machine.gradient_checkpointing:
         ways.append("--gradient-checkpointing")
-    if not ways:
+    return ways
+
+
+def _how_to_go_on(t: Training) -> str:
+    if not (ways := smaller_batches(t)):
         return "begin a new run with a smaller --block-size or model"
     command = _resume_command(t.run_dir)
     if t.ranks.by_torchrun:

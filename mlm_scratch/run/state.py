@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mlm_scratch.config import OptimizationSettings, TrainConfig, as_steps, flat
+from mlm_scratch.data.documents import Documents
 from mlm_scratch.data.rows import PreparedRows, Source
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
@@ -46,6 +47,7 @@ class Training:
     model: MaskedLM  # the same weights, with the head on masked positions only
     ddp_model: Any  # the same again, with gradients all-reduced if there are several ranks
     loader: Loader
+    documents: Documents
     source: Source
     eval_rows: PreparedRows | None
     eval_layout: Layout
@@ -84,12 +86,16 @@ class Training:
 
     def evaluation_is_due(self) -> bool:
         """Whether the current model has to be evaluated and has not been yet."""
-        if self.steps_done in self.evaluations or not (self.eval_rows or self.watched):
+        return self.steps_done not in self.evaluations and self.evaluates_at(self.steps_done)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the model is evaluated after this number of steps."""
+        if not (self.eval_rows or self.watched):
             return False
-        if self.steps_done == 0:
+        if step == 0:
             return not self.config.evaluation.no_eval_first
         every = as_steps(self.config.evaluation.eval_every, self.total_steps)
-        return self.due(every or self.loader.steps_per_epoch)
+        return self.due(every or self.loader.steps_per_epoch, step)
 
     def evaluate_and_save(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate if due, and save if due. Returns whether the run is to end here.

@@ -1,0 +1,75 @@
+"""Settings that are allowed and yet cost a night: named before the first step of every run."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mlm_scratch.config import TrainConfig, as_steps
+from mlm_scratch.data.documents import Documents
+from mlm_scratch.data.rows import PreparedRows, Source
+from mlm_scratch.data.stream import ShardedStream
+
+MANY_PASSES = 100  # over the same rows
+FINE_TUNING, FROM_SCRATCH = 5e-4, 5e-5  # rates above the one, below the other, do not fit
+MOSTLY, NEARLY_ALL = 0.5, 0.99  # of the rows
+SHARED = 0.1  # of the evaluation documents
+
+
+def mistakes(
+    config: TrainConfig,
+    source: Source,
+    documents: Documents,
+    shared: float,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> Iterator[str]:
+    """Yield what looks like a mistake, a sentence each.
+
+    Args:
+        config: the settings of the run.
+        source: the rows.
+        documents: what they are made from.
+        shared: the share of the evaluation documents that are in the training text, too.
+        total_steps: the length of the run.
+        steps_per_epoch: optimizer steps per epoch.
+    """
+    settings, size = config.optimization, config.text.block_size
+    if (warmup := as_steps(settings.warmup_steps, total_steps)) >= total_steps > 1:
+        yield (
+            f"--warmup-steps: the rate rises for {warmup:,} steps, but the run has "
+            f"{total_steps:,}: it never reaches --lr"
+        )
+    if (passes := total_steps / steps_per_epoch) > MANY_PASSES:
+        yield (
+            f"{total_steps:,} steps read each of the {len(source):,} rows {passes:,.0f} times: is "
+            "that all of the text, and the right --max-steps or --epochs?"
+        )
+    if config.model.init == "scratch" and settings.lr < FROM_SCRATCH:
+        yield f"--lr {settings.lr:g} is a rate to fine-tune with, but the model starts at random"
+    if config.model.init != "scratch" and settings.lr > FINE_TUNING:
+        yield f"--lr {settings.lr:g} fits random weights; it overwrites what pretraining taught"
+    if shared > SHARED:
+        yield (
+            f"{shared:.0%} of the documents to evaluate on are in the training text, too: the "
+            "evaluation loss will say what was remembered"
+        )
+    if isinstance(source, ShardedStream):
+        files, shards = documents.rows.num_shards, len(source.positions)
+        if files < shards:
+            yield (
+                f"--streaming: each of {shards} shards reads all {files} files and keeps one "
+                f"document in {shards}: split the text into {shards} files, or a multiple"
+            )
+    if isinstance(source, PreparedRows) and config.text.grouping == "lines":
+        lengths = np.diff(source.starts)  # (rows,)
+        if (full := np.mean(lengths == size)) > MOSTLY:
+            yield (
+                f"{full:.0%} of the documents fill all {size} tokens of --block-size, and what is "
+                "longer is cut off: make it larger, or use --grouping blocks"
+            )
+        longest = int(np.quantile(lengths, NEARLY_ALL))
+        if 4 * longest <= size:
+            yield (
+                f"--block-size {size}: {NEARLY_ALL:.0%} of the documents have at most {longest} "
+                "tokens; for rows of several, use --grouping blocks"
+            )
