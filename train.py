@@ -14,7 +14,7 @@ import shlex
 import sys
 import typing
 
-from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, check_effect, resolve
+from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, check_effect, named_path, resolve
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
@@ -29,9 +29,14 @@ def main() -> None:
     if not this_launch().is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
     given = vars(parse_arguments())  # only what the command line names
-    for name in ("train_file", "eval_file"):
-        if name in given:  # absolute, since a run may be resumed from another directory
-            given[name] = tuple(map(os.path.abspath, given[name]))
+    # Paths become absolute, since a run may be resumed from another directory.
+    if "train_file" in given:
+        given["train_file"] = tuple(map(os.path.abspath, given["train_file"]))
+    if "eval_file" in given:
+        named = map(named_path, given["eval_file"])
+        given["eval_file"] = tuple(
+            (f"{name}=" if name else "") + os.path.abspath(path) for name, path in named
+        )
     for name in ("add_tokens", "model", "dataset"):
         if name in given and given[name] != BUNDLED and os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])

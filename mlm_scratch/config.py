@@ -5,6 +5,7 @@ takes the section that it needs, and a TrainConfig only where it needs several.
 """
 
 import math
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
@@ -28,6 +29,13 @@ WATCHED = (
 def _option(default: Any, help: str, **meta: Any) -> Any:
     """Declare a field with its help text and its limits or choices."""
     return field(default=default, metadata={"help": help, **meta})
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """Return name and path of "name=path"; "" and the text where it is the path of a file."""
+    name, equals, path = text.partition("=")
+    has_name = equals and name.isidentifier() and not os.path.exists(text)
+    return (name, path) if has_name else ("", text)
 
 
 def _flag(name: str) -> str:
@@ -288,7 +296,11 @@ class EvaluationSettings(Section):
     """On what text it is evaluated, when, and what follows from that."""
 
     eval_file: tuple[str, ...] = _option(
-        (), "evaluate on these files instead of a held-out part of the training text"
+        (),
+        "evaluate on these files instead of a held-out part of the training text; on several texts "
+        "if they have names: domain=notes.txt general=wiki.txt; --best and --patience go by the "
+        "first",
+        metavar="[NAME=]PATH",
     )
     eval_split: str | None = _option(
         None,
@@ -330,6 +342,14 @@ class EvaluationSettings(Section):
     patience: int = _option(
         0, "stop after this many evaluations without a lower loss; 0: never", at_least=0
     )
+
+    @property
+    def files_by_name(self) -> dict[str, tuple[str, ...]]:
+        """The files of each text to evaluate on, by its name ("" without one), in their order."""
+        files: dict[str, tuple[str, ...]] = {}
+        for name, path in map(named_path, self.eval_file):
+            files[name] = (*files.get(name, ()), path)
+        return files
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
     """
     column, evaluation = config.text.text_column, config.evaluation
     if config.text.train_file and column not in (None, "text"):
-        files = config.text.train_file + evaluation.eval_file
+        files = config.text.train_file + sum(evaluation.files_by_name.values(), ())
         if all(kind_of(path, FILE_KINDS) == "text" for path in files):
             raise no_column(files[0], column, ["text"])
     documents = _load_training_documents(config)
@@ -229,7 +229,8 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
         raise UserError(f"{source} is empty: there is nothing to train on")
 
     if evaluation.eval_file:
-        return documents, _documents_of(evaluation.eval_file, column, "train", False)
+        first, *_ = evaluation.files_by_name.values()
+        return documents, _documents_of(first, column, "train", False)
     if (split := _evaluation_split(config)) is not None:
         return documents, split
     fraction = HELD_OUT if evaluation.eval_fraction is None else evaluation.eval_fraction
@@ -248,6 +249,14 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
             documents, rows=parts["test"], source=f"the held-out part of {source}", held_out=True
         ),
     )
+
+
+def load_more_to_evaluate_on(config: TrainConfig) -> dict[str, Documents]:
+    """Load the texts that --eval-file names after the first one, by their names."""
+    column, named = config.text.text_column, [*config.evaluation.files_by_name.items()]
+    return {
+        name or "unnamed": _documents_of(paths, column, "train", False) for name, paths in named[1:]
+    }
 
 
 def _load_training_documents(config: TrainConfig) -> Documents:

@@ -21,9 +21,11 @@ from mlm_scratch.config import (
     changed,
     flags,
     flat,
+    named_path,
     resolve,
 )
 from mlm_scratch.report.log import answers_line
+from mlm_scratch.report.metrics import other_texts
 from mlm_scratch.report.picture import PICTURE
 from mlm_scratch.report.watch import before_and_after
 
@@ -100,6 +102,11 @@ def _outcome(results: dict[str, Any]) -> str:
             f"Perplexity of masked tokens in the evaluation text: {before['perplexity']:.2f} after "
             f"{before['step']:,} steps, {after['perplexity']:.2f} after {after['step']:,}."
         )
+    for name in other_texts(after):
+        lines.append(
+            f"In the text {name}: {before[f'eval_{name}_perplexity']:.2f}, and "
+            f"{after[f'eval_{name}_perplexity']:.2f}."
+        )
     if line := answers_line(results):
         lines.append(f"{line[0].upper()}{line[1:]}.\n")
     for text, first, last in before_and_after(results):
@@ -113,13 +120,15 @@ def _evaluations(lines: list[dict[str, Any]]) -> str:
         return ""
     shown = evaluated[:: math.ceil(len(evaluated) / MAX_ROWS)]
     shown += evaluated[-1:] if shown[-1] is not evaluated[-1] else []
+    columns = {"perplexity": "perplexity"}
+    columns |= {f"eval_{name}_perplexity": f"that of {name}" for name in other_texts(shown[-1])}
     rows = [
         f"| {line['step']} | {line['epoch']:.2f} | {line['eval_loss']:.4f} | "
-        f"{line['perplexity']:.2f} | {line['eval_accuracy']:.3f} |"
+        f"{' | '.join(f'{line[column]:.2f}' for column in columns)} | {line['eval_accuracy']:.3f} |"
         for line in shown
     ]
-    title = "| step | epoch | evaluation loss | perplexity | accuracy |"
-    return "\n".join([title, "|---|---|---|---|---|", *rows])
+    title = f"| step | epoch | evaluation loss | {' | '.join(columns.values())} | accuracy |"
+    return "\n".join([title, "|---" * (4 + len(columns)) + "|", *rows])
 
 
 def command_line(config: TrainConfig) -> str:
@@ -170,14 +179,15 @@ def without_directories(config: TrainConfig) -> tuple[TrainConfig, dict[str, str
         for name in (model.name, text.dataset)
         if name and name != BUNDLED and (os.path.isabs(name) or os.path.exists(name))
     ]
-    local += [*text.train_file, *evaluation.eval_file, *filter(None, [model.add_tokens])]
+    named = [named_path(file) for file in evaluation.eval_file]
+    local += [*text.train_file, *(path for _, path in named), *filter(None, [model.add_tokens])]
     names = {path: Path(path).resolve().name for path in local}
     # Not taken for the built-in model or corpus.
     names |= {path: f"./{BUNDLED}" for path, name in names.items() if name == BUNDLED}
     shortened = changed(
         config,
         train_file=tuple(names[path] for path in text.train_file),
-        eval_file=tuple(names[path] for path in evaluation.eval_file),
+        eval_file=tuple((f"{name}=" if name else "") + names[path] for name, path in named),
         model=names.get(model.name, model.name),
         dataset=names.get(text.dataset or "", text.dataset),
         add_tokens=names.get(model.add_tokens or "", model.add_tokens),

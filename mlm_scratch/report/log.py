@@ -16,6 +16,7 @@ from mlm_scratch.report.metrics import (
     drop_later_lines,
     epoch_of,
     evaluations,
+    other_texts,
     read_metrics,
 )
 from mlm_scratch.report.watch import watched_line
@@ -179,6 +180,13 @@ class FileReport:
                 f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity "
                 f"{values['perplexity']:.2f}, accuracy {values['eval_accuracy']:.3f}"
             ]
+            for text in other_texts(values):
+                loss, ppl, accuracy = (
+                    values[f"eval_{text}_{name}"] for name in ("loss", "perplexity", "accuracy")
+                )
+                lines.append(
+                    f"    {text}: loss {loss:.4f}, perplexity {ppl:.2f}, accuracy {accuracy:.3f}"
+                )
         if fills:
             self._write(step, {"watch": fills})
             lines = (lines or [f"step {step}:"]) + [watched_line(fill) for fill in fills]
@@ -239,4 +247,7 @@ def summary(results: dict[str, Any]) -> str:
     before, after = results["before"], results["after"]
     if "perplexity" in before and "perplexity" in after and before["step"] < after["step"]:
         line += f"; perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f}"
+        for text in other_texts(after):
+            name = f"eval_{text}_perplexity"
+            line += f", {text} {before[name]:.2f} -> {after[name]:.2f}"
     return line

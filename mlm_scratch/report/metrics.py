@@ -2,13 +2,16 @@
 
 import json
 import math
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mlm_scratch.evaluate import perplexity
 
 METRICS = "metrics.jsonl"
+TRAINING = "training"  # name of a curve
 
 
 def epoch_of(step: int, steps_per_epoch: int) -> float:
@@ -66,6 +69,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         values = {name: math.nan if value is None else value for name, value in pairs}
         if "eval_loss" in values:
             values["perplexity"] = perplexity(values["eval_loss"])
+        for text in other_texts(values):
+            values[f"eval_{text}_perplexity"] = perplexity(values[f"eval_{text}_loss"])
         return values
 
     with (run_dir / METRICS).open(encoding="utf-8") as file:
@@ -81,10 +86,27 @@ def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*merged.values()]
 
 
+def other_texts(values: Iterable[str]) -> list[str]:
+    """Name the texts of an evaluation other than the first, given the names of its values."""
+    found = (re.fullmatch("eval_(.+)_loss", name) for name in values)
+    return [match[1] for match in found if match]
+
+
 def lowest(losses: dict[int, float]) -> int | None:
     """Return the step with the lowest loss, the first of equal ones; None if none is finite."""
     finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     return min(finite, key=lambda step: (finite[step], step), default=None)
+
+
+def loss_curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, loss) of training, and of each text that is evaluated on."""
+    texts = dict.fromkeys(text for line in lines for text in other_texts(line))
+    names = {TRAINING: "loss", "evaluation": "eval_loss"}
+    names |= {f"evaluation, {text}": f"eval_{text}_loss" for text in texts}
+    return {
+        label: [(line["step"], line[name]) for line in lines if name in line]
+        for label, name in names.items()
+    }
 
 
 def answer_curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

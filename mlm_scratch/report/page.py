@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from mlm_scratch.report.metrics import answer_curves, evaluations
+from mlm_scratch.report.metrics import answer_curves, evaluations, loss_curves
 from mlm_scratch.report.watch import before_and_after, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 260, 48, 28, 10, 28  # of a chart, in px
@@ -60,10 +60,7 @@ def report_page(
         facts: what to list at the end, by section and name.
         command: the command line.
     """
-    losses = {
-        "training": [(line["step"], line["loss"]) for line in lines if "loss" in line],
-        "evaluation": [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
-    }
+    losses = loss_curves(lines)
     watched = answer_curves(lines)
     parts = [
         f"<h1>{html.escape(title)}</h1>",

@@ -4,7 +4,7 @@ import math
 import warnings
 from pathlib import Path
 
-from mlm_scratch.report.metrics import answer_curves, read_metrics
+from mlm_scratch.report.metrics import TRAINING, answer_curves, loss_curves, read_metrics
 
 PICTURE = "loss.png"
 
@@ -23,12 +23,11 @@ def draw_losses(run_dir: Path) -> None:
         rows, figsize=(8, height), layout="constrained", sharex=True, squeeze=False
     )
     losses = panels[0, 0]
-    for name, style, label in (("loss", "-", "training"), ("eval_loss", "o-", "evaluation")):
-        points = [
-            (line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))
-        ]
-        if points:
-            losses.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    for label, points in loss_curves(lines).items():
+        finite = [point for point in points if math.isfinite(point[1])]
+        if finite:
+            style = "-" if label == TRAINING else "o-"
+            losses.plot(*zip(*finite, strict=True), style, label=label, markersize=4)
             losses.legend()
     losses.set(
         ylabel="loss (nats per masked token)", title=run_dir.resolve().name.replace("$", r"\$")

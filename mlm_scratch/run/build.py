@@ -1,5 +1,7 @@
 """What is built before the first step: text, model, optimizer, schedule, and the run in memory."""
 
+import hashlib
+import json
 import math
 import sys
 from dataclasses import replace
@@ -12,7 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from mlm_scratch.config import BUNDLED, ModelSettings, TrainConfig, changed, flat
-from mlm_scratch.data.documents import Documents, count_shared, load_documents
+from mlm_scratch.data.documents import (
+    Documents,
+    count_shared,
+    load_documents,
+    load_more_to_evaluate_on,
+)
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.data.tables import read_words
@@ -107,6 +114,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         documents=loaded.documents,
         source=source,
         eval_rows=loaded.eval_rows,
+        more_eval_rows=loaded.more_eval_rows,
         eval_layout=eval_layout,
         total_steps=total_steps,
         optimizer=optimizer,
@@ -140,6 +148,7 @@ class Loaded(NamedTuple):
     documents: Documents
     source: Source
     eval_rows: PreparedRows | None
+    more_eval_rows: dict[str, PreparedRows]
     shared_share: float  # of the documents to evaluate on, those that are in the training text, too
     answers: dict[str, tuple[str, ...]]  # sentences that ask for what the text says (documents.py)
     labels: dict[str, str]  # what is read for training and evaluation, with its version
@@ -154,6 +163,7 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         config = changed(config, model_commit=commit)
     with announced("looking up the text"):
         documents, eval_documents = load_documents(config)
+        more = load_more_to_evaluate_on(config)
     words = (
         read_words(config.model.add_tokens) if config.model.add_tokens and not checkpoint else []
     )
@@ -175,18 +185,22 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
             f"{len(rows):,} rows of up to {config.text.block_size}"
         )
     eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    labels, shared = {"training": documents.label}, 0
-    if eval_documents is not None and eval_rows is not None:
-        labels["evaluation"] = eval_documents.label
-        where = "held out" if eval_documents.held_out else f"to evaluate on: {eval_documents.label}"
-        text += f", {len(eval_documents):,} {where}"
-        if not config.text.streaming and (shared := count_shared(documents, eval_documents)):
+    labels, shared_share = {"training": documents.label}, 0.0
+    more_rows = {name: prepare_rows(other, tokenizer, config) for name, other in more.items()}
+    for name, other in {"": eval_documents, **more}.items():
+        if other is None:
+            continue
+        labels["evaluation" + f", {name}" * bool(name)] = other.label
+        where = "held out" if other.held_out else f"to evaluate on: {other.label}"
+        text += f", {len(other):,} {where}"
+        if not config.text.streaming and (shared := count_shared(documents, other)):
             text += f", {shared:,} of them also in the training text"
+            shared_share = max(shared_share, shared / len(other))
     print(f"text: {text}")
     config = changed(config, dataset_commit=documents.commit)
     digests = {
         "text_digest": source.text_digest,
-        "eval_digest": eval_rows.text_digest if eval_rows is not None else None,
+        "eval_digest": _digest_of_all(eval_rows, more_rows),
     }
     model = config.model
     if (checkpoint is None or model.model_digest is None) and model.name != BUNDLED:
@@ -199,8 +213,26 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     if config.model.revision and not (config.model.model_commit or config.text.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
     answers = eval_documents.answers if eval_documents is not None else {}
-    share = shared / len(eval_documents) if eval_documents else 0.0
-    return Loaded(tokenizer, hf_model, documents, source, eval_rows, share, answers, labels, config)
+    return Loaded(
+        tokenizer,
+        hf_model,
+        documents,
+        source,
+        eval_rows,
+        more_rows,
+        shared_share,
+        answers,
+        labels,
+        config,
+    )
+
+
+def _digest_of_all(first: PreparedRows | None, more: dict[str, PreparedRows]) -> str | None:
+    """Digest the texts to evaluate on, with the names of those after the first; None: no text."""
+    if first is None or not more:
+        return None if first is None else first.text_digest
+    named = [first.text_digest, *((name, rows.text_digest) for name, rows in more.items())]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _origin(model: ModelSettings) -> str:

@@ -186,7 +186,8 @@ def _contents_of(changes: dict[str, Any], saved: dict[str, Any]) -> dict[str, An
 def _check_present(config: TrainConfig, given: set[str], has_checkpoint: bool) -> None:
     """Raise UserError for a file or directory of the run that is not where it was."""
     model, text = config.model, config.text
-    needed = {"--train-file": text.train_file, "--eval-file": config.evaluation.eval_file}
+    files = config.evaluation.files_by_name
+    needed = {"--train-file": text.train_file, "--eval-file": sum(files.values(), ())}
     if not text.train_file:
         needed["--dataset"] = (text.dataset or "",)
     if not has_checkpoint:  # it brings the model

@@ -22,7 +22,6 @@ from mlm_scratch import loop
 from mlm_scratch.config import RECIPES, TrainConfig, changed
 from mlm_scratch.data.documents import Documents
 from mlm_scratch.data.rows import PreparedRows, tokenize
-from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.encode import visible_token
 from mlm_scratch.loader import Step, TokenRows
 from mlm_scratch.parallel.ranks import all_ranks
@@ -133,7 +132,7 @@ def plan_lines(t: Training) -> Iterator[str]:
     evaluated = [step for step in range(t.total_steps + 1) if t.evaluates_at(step)]
     shown = ", ".join(f"{step:,}" for step in evaluated[:3])
     more = f", ..., {evaluated[-1]:,}" if len(evaluated) > 3 else ""
-    rows = len(t.eval_rows) if t.eval_rows else 0
+    rows = _rows_to_evaluate(t)
     yield f"evaluations: {len(evaluated):,}" + (
         f", after steps {shown}{more}; {rows:,} rows each" if evaluated else ""
     )
@@ -204,11 +203,14 @@ def _seconds_of_evaluation(t: Training) -> float:
         return 0.0
     n = min(len(t.eval_rows), EVALUATED * t.config.evaluation.eval_batch_size)
     first = TokenRows(t.eval_rows.tokens, t.eval_rows.starts[: n + 1], t.eval_rows.gap_before)
-    with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
-        for _ in range(2):  # the first one allocates, or compiles
-            begin, others = time.perf_counter(), (t.config, t.precision, t.ranks, None)
-            evaluate(t.model, t.tokenizer, first, *others, t.eval_layout)
-    return (time.perf_counter() - begin) * len(t.eval_rows) / n
+    for _ in range(2):  # the first one allocates, or compiles
+        begin = time.perf_counter()
+        t.evaluate_on(first)
+    return (time.perf_counter() - begin) * _rows_to_evaluate(t) / n
+
+
+def _rows_to_evaluate(t: Training) -> int:
+    return sum(map(len, (t.eval_rows or (), *t.more_eval_rows.values())))
 
 
 def _memory_line(t: Training) -> Iterator[str]:

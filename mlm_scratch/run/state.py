@@ -17,7 +17,7 @@ from mlm_scratch.data.documents import Documents
 from mlm_scratch.data.rows import PreparedRows, Source
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
-from mlm_scratch.loader import Loader
+from mlm_scratch.loader import Loader, TokenRows
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_schedule, share_of_peak
 from mlm_scratch.parallel.ranks import Ranks
@@ -50,6 +50,7 @@ class Training:
     documents: Documents
     source: Source
     eval_rows: PreparedRows | None
+    more_eval_rows: dict[str, PreparedRows]  # of other texts to evaluate on, by name
     eval_layout: Layout
     total_steps: int
     optimizer: torch.optim.Optimizer
@@ -116,24 +117,37 @@ class Training:
 
     def _evaluate(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate. Returns whether the model is the best so far and has to be kept."""
-        with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
-            metrics = evaluate(
-                self.model,
-                self.tokenizer,
-                self.eval_rows,
-                self.config,
-                self.precision,
-                self.ranks,
-                stop.agreed_by_all_ranks,
-                self.eval_layout,
+        metrics: dict[str, float] = {}
+        for name, rows in {"": self.eval_rows, **self.more_eval_rows}.items():
+            found = self.evaluate_on(rows, stop.agreed_by_all_ranks)
+            if found is None:
+                return False
+            metrics |= (
+                found
+                if not name
+                else {f"eval_{name}_{value.removeprefix('eval_')}": found[value] for value in found}
             )
-        if metrics is None:
-            return False
         watched = self.watched if self.ranks.is_first else []
         fills = fill_watched(self.hf_model, self.tokenizer, watched)
         report.evaluation(self.steps_done, metrics, fills)
         self.evaluations[self.steps_done] = metrics.get("eval_loss", math.nan)
         return self.config.evaluation.best and self.best_step(self.steps_done) == self.steps_done
+
+    def evaluate_on(
+        self, rows: TokenRows | None, stop: Callable[[], bool] | None = None
+    ) -> dict[str, float] | None:
+        """Evaluate the model on rows, as `evaluate` does. Raises UserError if out of memory."""
+        with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
+            return evaluate(
+                self.model,
+                self.tokenizer,
+                rows,
+                self.config,
+                self.precision,
+                self.ranks,
+                stop,
+                self.eval_layout,
+            )
 
     def best_step(self, last: int) -> int | None:
         """Return the step with the lowest evaluation loss up to `last`, if any is finite."""
