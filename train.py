@@ -21,7 +21,7 @@ from mlm_scratch.speed.allocator import restart_without_thread_cache
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
 from mlm_scratch.util.launch import this_launch
 from mlm_scratch.util.progress import heavy_imports
-from mlm_scratch.util.runs import MODEL
+from mlm_scratch.util.runs import MODEL, RUN_JSON
 
 
 def main() -> None:
@@ -45,6 +45,9 @@ def main() -> None:
     dry = given.pop("dry_run", False)
     if dry and resume:
         raise UserError("--dry-run tries the first steps of a new run: leave out --resume")
+    if resume and len(given) > 1 and not has_run(given.get("output_dir")):
+        print(f"no run in {given['output_dir']} yet: beginning one", flush=True)
+        resume = False
     if resume:
         if recipe != "auto":
             given["recipe"] = recipe
@@ -103,7 +106,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --output-dir (default: the newest run) from its last checkpoint",
+        help="continue the run in --output-dir (default: the newest run) from its last checkpoint; "
+        "with an --output-dir that holds no run yet, and the other flags of one, begin it",
     )
     parser.add_argument(
         "--dry-run",
@@ -143,6 +147,11 @@ def steps(text: str) -> float:
 def share(text: str) -> float | str:
     """Parse a share, or two that a run goes from and to."""
     return ":".join(str(float(part)) for part in text.split(":")) if ":" in text else float(text)
+
+
+def has_run(output_dir: str | None) -> bool:
+    """Whether a directory holds a run. None stands for the newest run: --resume looks for that."""
+    return output_dir is None or os.path.exists(os.path.join(output_dir, RUN_JSON))
 
 
 def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What the three README files say about the code is true of the code."""
+"""What the README files and the guide to adapting say about the code is true of the code."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ FRONT, GUIDE, TESTS = (
     (ROOT / folder / "README.md").read_text(encoding="utf-8")
     for folder in ("", "mlm_scratch", "tests")
 )
+ADAPTING = (PACKAGE / "ADAPTING.md").read_text(encoding="utf-8")
 CHAPTERS = ["masking.py", "loader.py", "model.py", "optim.py", "loop.py", "fill_mask.py"]
 
 
@@ -45,7 +46,12 @@ def test_the_chapters_are_as_long_as_their_tables_say(readme):
 
 def test_every_path_and_link_exists():
     """Paths in backticks, and what the links lead to, as seen from where each file lies."""
-    for folder, readme in ((ROOT, FRONT), (PACKAGE, GUIDE), (ROOT / "tests", TESTS)):
+    for folder, readme in (
+        (ROOT, FRONT),
+        (PACKAGE, GUIDE),
+        (PACKAGE, ADAPTING),
+        (ROOT / "tests", TESTS),
+    ):
         for path in re.findall(r"\]\((?!http)([^)]+)\)", readme):
             assert (folder / path).exists(), path
         for path in re.findall(r"`(tests/[\w/]+\.py)`", readme):
@@ -61,7 +67,8 @@ def test_every_flag_in_the_readmes_is_one():
     fields = re.findall(r"^    (\w+): .*= _option\(", (PACKAGE / "config.py").read_text(), re.M)
     known |= {"--" + name.replace("_", "-") for name in fields}
     of_others = {"--nproc-per-node", "--max-restarts", "--nnodes", "--logdir", "--help"}
-    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", FRONT + GUIDE + TESTS))
+    of_others |= {"--requeue", "--signal"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", FRONT + GUIDE + ADAPTING + TESTS))
     assert used - known - of_others == set()
 
 

@@ -59,7 +59,8 @@ def load_tokenizer_and_model(
     if (size := config.text.block_size) > limit:
         raise UserError(
             f"--block-size {size} is over the limit of {config.model.name}, which takes {limit} "
-            "tokens at most"
+            "tokens at most; answerdotai/ModernBERT-base takes 8192, allenai/longformer-base-4096 "
+            f"4096, and blocks of {limit} cut longer documents into several rows"
         )
     return tokenizer, model.train()
 

@@ -104,7 +104,7 @@ def _outcome(results: dict[str, Any]) -> str:
         )
     for name in other_texts(after):
         lines.append(
-            f"In the text {name}: {before[f'eval_{name}_perplexity']:.2f}, and "
+            f"In the text {name}: {before[f'eval_{name}_perplexity']:.2f}, then "
             f"{after[f'eval_{name}_perplexity']:.2f}."
         )
     if line := answers_line(results):

@@ -150,7 +150,9 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
         changes = {name: value for name, value in changes.items() if name in is_new}
         saved |= _per_rank(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
-        raise UserError(f"--resume: there is no run in {run_dir}") from error
+        raise UserError(
+            f"--resume: there is no run in {run_dir} (to begin it, add the flags of a run)"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error
     changes |= _contents_of(changes, saved)
