@@ -14,7 +14,15 @@ import shlex
 import sys
 import typing
 
-from mlm_scratch.config import BUNDLED, RECIPES, SECTIONS, check_effect, named_path, resolve
+from mlm_scratch.config import (
+    BUNDLED,
+    RECIPES,
+    SECTIONS,
+    check_effect,
+    joined,
+    named_path,
+    resolve,
+)
 from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
@@ -34,9 +42,7 @@ def main() -> None:
         given["train_file"] = tuple(map(os.path.abspath, given["train_file"]))
     if "eval_file" in given:
         named = map(named_path, given["eval_file"])
-        given["eval_file"] = tuple(
-            (f"{name}=" if name else "") + os.path.abspath(path) for name, path in named
-        )
+        given["eval_file"] = tuple(joined(name, os.path.abspath(path)) for name, path in named)
     for name in ("add_tokens", "model", "dataset"):
         if name in given and given[name] != BUNDLED and os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])
@@ -45,7 +51,8 @@ def main() -> None:
     dry = given.pop("dry_run", False)
     if dry and resume:
         raise UserError("--dry-run tries the first steps of a new run: leave out --resume")
-    if resume and len(given) > 1 and not has_run(given.get("output_dir")):
+    says_what = recipe != "auto" or given.keys() & {"model", "dataset", "train_file"}
+    if resume and says_what and not has_run(given.get("output_dir")):
         print(f"no run in {given['output_dir']} yet: beginning one", flush=True)
         resume = False
     if resume:
@@ -107,13 +114,13 @@ def parse_arguments() -> argparse.Namespace:
         "--resume",
         action="store_true",
         help="continue the run in --output-dir (default: the newest run) from its last checkpoint; "
-        "with an --output-dir that holds no run yet, and the other flags of one, begin it",
+        "where that directory holds none yet, begin it, if the command says what to train",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show the text, the steps, evaluations and checkpoints to come, time three steps, and "
-        "leave nothing behind",
+        "begin no run",
     )
     return parser.parse_args()
 

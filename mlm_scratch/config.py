@@ -38,6 +38,11 @@ def named_path(text: str) -> tuple[str, str]:
     return (name, path) if has_name else ("", text)
 
 
+def joined(name: str, path: str) -> str:
+    """Undo `named_path`."""
+    return f"{name}={path}" if name else path
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -343,6 +348,14 @@ class EvaluationSettings(Section):
         0, "stop after this many evaluations without a lower loss; 0: never", at_least=0
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in [*self.files_by_name][1:]:
+            raise UserError(
+                "--eval-file: a file without a name comes first, or all texts have names, as in "
+                "domain=notes.txt general=wiki.txt"
+            )
+
     @property
     def files_by_name(self) -> dict[str, tuple[str, ...]]:
         """The files of each text to evaluate on, by its name ("" without one), in their order."""
@@ -354,7 +367,7 @@ class EvaluationSettings(Section):
 
 @dataclass(frozen=True)
 class MachineSettings(Section):
-    """What computes it: this changes a result by rounding at most."""
+    """What computes it: this changes a result by rounding, or by other draws of dropout."""
 
     device: str = _option(
         "auto", "cpu, cuda, cuda:1 or mps (an Apple GPU); auto: cuda, or mps, or else cpu"
@@ -367,7 +380,9 @@ class MachineSettings(Section):
         choices=("auto", "fp32", "fp16", "bf16"),
     )
     dense_head: bool = _option(
-        False, "run the LM head on every position, as Trainer does (slower, same loss)"
+        False,
+        "run the last layer and the LM head on every position, as Trainer does (slower; the same "
+        "loss, without dropout)",
     )
     no_packing: bool = _option(
         False,
@@ -377,7 +392,8 @@ class MachineSettings(Section):
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")
     gradient_checkpointing: bool = _option(
         False,
-        "keep less for the backward pass and compute it again there: less memory, slower steps",
+        "keep less for the backward pass and compute it again there: less memory, slower steps, "
+        "other draws of dropout in the last layer",
     )
 
 

@@ -55,14 +55,14 @@ def train_step(
         norm is measured before clipping.
     """
     one = torch.ones((), device=step.batches[0].labels.device)  # ()
-    scale = scaler.scale(one)  # () a copy on the device
+    scale_before = scaler.scale(one)  # () on the device: get_scale() would make the CPU wait
     loss = compute_gradients(model, scaler, step.batches, one * max(step.n_masked, 1), autocast)
     if step.n_masked == 0:  # gradients are 0, but AdamW would still apply momentum and decay
         optimizer.zero_grad()
         return loss, torch.zeros_like(loss)
     grad_norm = update_weights(model, optimizer, scaler, max_grad_norm)  # ()
-    # A step that the scaler skipped does not count for the schedule. To know, the CPU waits.
-    if not scaler.is_enabled() or scaler.scale(one) >= scale:
+    # A step that the scaler skipped does not count for the schedule. In fp16 the CPU waits here.
+    if not scaler.is_enabled() or scaler.scale(one) >= scale_before:
         scheduler.step()
     return loss, grad_norm
 

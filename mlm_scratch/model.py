@@ -61,10 +61,10 @@ class MaskedLM(nn.Module):
         self.hook = hf_model.base_model.register_forward_hook(self._keep_positions)
         self.train(hf_model.training)  # a new module starts in train mode
 
-    def gather_behind(self, module: nn.Module) -> None:
+    def gather_after(self, module: nn.Module) -> None:
         """Gather the hidden states that `module` returns, (B, T, H), instead of the encoder's.
 
-        Only attention mixes positions: behind it, the last layer can do without the others, too.
+        Only attention mixes positions: after it, the last layer can do without the others, too.
         speed/checks.py finds the module.
         """
         self.hook.remove()

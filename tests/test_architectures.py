@@ -146,7 +146,7 @@ def test_masked_positions_alone_give_the_dense_loss_and_gradients(model):
     largest = max(gradient.abs().max().item() for gradient in dense.values())
     masked_lm.dense_head = False
     for module in (model.base_model, earliest_gather(masked_lm, 12)):
-        masked_lm.gather_behind(module)
+        masked_lm.gather_after(module)
         loss, gradients = loss_and_gradients()
         assert loss == pytest.approx(dense_loss, rel=1e-5)
         assert gradients.keys() == dense.keys() and dense
@@ -161,7 +161,7 @@ NOT_A_NORM = {
     "ibert": "",  # its modules return a scale, too
     "megatron-bert": "encoder.layer.1.attention.output",
     "mobilebert": "encoder.layer.1.output.bottleneck.LayerNorm",  # its layers have two streams
-    "modernbert": "layers.1",  # the sum behind its attention belongs to no module
+    "modernbert": "layers.1",  # the sum after its attention belongs to no module
     "roberta-prelayernorm": "encoder.layer.1.attention.output",
     "squeezebert": "",  # (B, H, T) inside
     "xlm-roberta-xl": "encoder.layer.1.attention.output",
@@ -229,7 +229,7 @@ def test_packed_texts_have_the_gradients_of_padded_ones(model):
     masked_lm.first_position = first
     padded = batch_of(*batch())
     packed = batch_of(*pack(*batch(), width=24))  # two texts in one row
-    masked_lm.gather_behind(earliest_gather(masked_lm, 12))
+    masked_lm.gather_after(earliest_gather(masked_lm, 12))
     assert len(padded.input_ids) == 2 and len(packed.input_ids) == 1
     gradients = []
     for one in (padded, packed):

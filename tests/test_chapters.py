@@ -120,7 +120,7 @@ def test_a_run_by_the_chapters_alone_is_that_of_train_py(files, dense_head):
     hf_model = AutoModelForMaskedLM.from_pretrained(config.model.name, dtype=torch.float32).train()
     model = MaskedLM(hf_model)
     model.dense_head = dense_head
-    model.gather_behind(hf_model.roberta.encoder.layer[-1].attention.output.LayerNorm)
+    model.gather_after(hf_model.roberta.encoder.layer[-1].attention.output.LayerNorm)
     loader = Loader(rows, Collator(tokenizer), rows_per_step=8, batch_size=8)
     total_steps = 2 * loader.steps_per_epoch
     optimizer = build_optimizer(hf_model, config.optimization.lr, config.optimization.weight_decay)

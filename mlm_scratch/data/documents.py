@@ -254,9 +254,7 @@ def load_documents(config: TrainConfig) -> tuple[Documents, Documents | None]:
 def load_more_to_evaluate_on(config: TrainConfig) -> dict[str, Documents]:
     """Load the texts that --eval-file names after the first one, by their names."""
     column, named = config.text.text_column, [*config.evaluation.files_by_name.items()]
-    return {
-        name or "unnamed": _documents_of(paths, column, "train", False) for name, paths in named[1:]
-    }
+    return {name: _documents_of(paths, column, "train", False) for name, paths in named[1:]}
 
 
 def _load_training_documents(config: TrainConfig) -> Documents:

@@ -59,8 +59,9 @@ def load_tokenizer_and_model(
     if (size := config.text.block_size) > limit:
         raise UserError(
             f"--block-size {size} is over the limit of {config.model.name}, which takes {limit} "
-            "tokens at most; answerdotai/ModernBERT-base takes 8192, allenai/longformer-base-4096 "
-            f"4096, and blocks of {limit} cut longer documents into several rows"
+            f"tokens at most: use --block-size {limit} (longer documents become several rows), or "
+            "a model for long texts (answerdotai/ModernBERT-base takes 8192; see "
+            "mlm_scratch/ADAPTING.md)"
         )
     return tokenizer, model.train()
 

@@ -21,6 +21,7 @@ from mlm_scratch.config import (
     changed,
     flags,
     flat,
+    joined,
     named_path,
     resolve,
 )
@@ -187,7 +188,7 @@ def without_directories(config: TrainConfig) -> tuple[TrainConfig, dict[str, str
     shortened = changed(
         config,
         train_file=tuple(names[path] for path in text.train_file),
-        eval_file=tuple((f"{name}=" if name else "") + names[path] for name, path in named),
+        eval_file=tuple(joined(name, names[path]) for name, path in named),
         model=names.get(model.name, model.name),
         dataset=names.get(text.dataset or "", text.dataset),
         add_tokens=names.get(model.add_tokens or "", model.add_tokens),

@@ -252,7 +252,7 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
     # With checkpointing at the encoder's end: a layer that the backward pass computes again would
     # find no positions.
     if module is not None and not machine.gradient_checkpointing:
-        model.gather_behind(module)
+        model.gather_after(module)
     if config.text.grouping == "lines":  # else no row is padded
         first = None if machine.no_packing else first_position_if_packed(model, length)
         model.packs, model.first_position = first is not None, first or 0

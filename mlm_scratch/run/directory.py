@@ -151,7 +151,7 @@ def resumed_config(output_dir: str | Path | None, changes: dict[str, Any]) -> Tr
         saved |= _per_rank(saved["batch_size"], saved["accumulate"], noted["processes"])
     except FileNotFoundError as error:
         raise UserError(
-            f"--resume: there is no run in {run_dir} (to begin it, add the flags of a run)"
+            f"--resume: there is no run in {run_dir} (to begin one there, say what to train)"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {run_dir / RUN_JSON} cannot be read: {error}") from error

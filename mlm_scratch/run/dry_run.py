@@ -1,4 +1,4 @@
-"""A run up to its first steps, shown and thrown away: what train.py --dry-run prints.
+"""A run up to its first steps, shown and not begun: what train.py --dry-run prints.
 
 All of it comes from what the run itself would use, so its numbers are those of the run to come.
 """
@@ -42,7 +42,9 @@ EVALUATED = 4  # batches
 
 
 def dry_run(config: TrainConfig) -> None:
-    """Prepare a run, show what it would do, take three steps, and leave nothing behind.
+    """Prepare a run, show what it would do, time three steps, and stop.
+
+    The prepared text stays in the cache, from which the run will start.
 
     Raises:
         UserError: as the run itself would.
@@ -54,13 +56,14 @@ def dry_run(config: TrainConfig) -> None:
         held.callback(t.source.close)
         held.enter_context(t.precision.tf32())
         for lines in (text_lines, length_lines, plan_lines, disk_lines, step_lines):
-            print(*lines(t), sep="\n", flush=True)
-    print("a dry run: nothing was written")
+            for line in lines(t):
+                print(line, flush=True)
+    print("a dry run: no run was begun")
 
 
 def settings_lines(config: TrainConfig) -> Iterator[str]:
     """Yield the settings that are not those of the recipe, by section."""
-    yield f"settings that are not those of the recipe {config.recipe}:"
+    yield f"settings that differ from the recipe {config.recipe}:"
     of_recipe = settings(RECIPES[config.recipe])
     for section, values in settings(config).items():
         own = [f"{k} {v}" for k, v in values.items() if of_recipe[section].get(k) != v]
@@ -77,7 +80,7 @@ def text_lines(t: Training) -> Iterator[str]:
     tokenized = (ids for ids, _ in tokenize(t.documents, t.tokenizer, t.config))
     first = next(tokenized)
     yield f"  its {len(first):,} tokens: {_tokens(t, first)}"
-    if isinstance(rows := t.source, PreparedRows):
+    if isinstance(rows := t.source, PreparedRows):  # not a stream
         # The row in which the second document begins, if it is not a row of its own.
         row = 0 if lines else min(len(first) // t.config.text.block_size, len(rows) - 1)
         begin, end = rows.starts[row], rows.starts[row + 1]
@@ -88,7 +91,7 @@ def text_lines(t: Training) -> Iterator[str]:
         yield f"row {row}, {end - begin} tokens; a document begins at {places}:"
         for start in sorted({0, *within})[:3]:
             yield f"  {start}: {_tokens(t, rows.tokens[begin + start : end].tolist())}"
-    yield from first_row_lines(rows, t.loader.rows_per_step, t.tokenizer, t.config)
+    yield from first_row_lines(t.source, t.loader.rows_per_step, t.tokenizer, t.config)
 
 
 def _tokens(t: Training, ids: list[int]) -> str:
@@ -114,10 +117,10 @@ def length_lines(t: Training) -> Iterator[str]:
 def _sample(documents: Documents) -> Iterator[str]:
     """Yield SAMPLE documents, evenly over the text; of a stream, the first ones."""
     try:
-        every = max(1, len(documents) // SAMPLE)
+        every = math.ceil(len(documents) / SAMPLE)
     except TypeError:
         return islice(documents, SAMPLE)
-    indices = range(0, len(documents), every)[:SAMPLE]
+    indices = range(0, len(documents), every)
     return iter(replace(documents, rows=documents.rows.select(indices)))
 
 
@@ -125,11 +128,11 @@ def plan_lines(t: Training) -> Iterator[str]:
     """Yield the steps, evaluations and checkpoints to come."""
     settings = t.config.optimization
     yield (
-        f"steps: {t.total_steps:,}, {t.total_steps / t.loader.steps_per_epoch:.3g} epochs of "
-        f"{t.loader.steps_per_epoch:,}; {t.loader.rows_per_step:,} rows each "
-        f"({settings.batch_size} x {settings.accumulate} accumulated x {t.ranks.size} processes)"
+        f"steps: {t.total_steps:,} ({t.total_steps / t.loader.steps_per_epoch:.3g} epochs of "
+        f"{t.loader.steps_per_epoch:,}), {t.loader.rows_per_step:,} rows per step (batch size "
+        f"{settings.batch_size} x {settings.accumulate} accumulated x {t.ranks.size} processes)"
     )
-    evaluated = [step for step in range(t.total_steps + 1) if t.evaluates_at(step)]
+    evaluated = _evaluated(t)
     shown = ", ".join(f"{step:,}" for step in evaluated[:3])
     more = f", ..., {evaluated[-1]:,}" if len(evaluated) > 3 else ""
     rows = _rows_to_evaluate(t)
@@ -143,16 +146,18 @@ def disk_lines(t: Training) -> Iterator[str]:
     output = t.config.output
     saved = [step for step in range(1, t.total_steps + 1) if t.due(output.save_every, step)]
     size, of_model = size_of(t.hf_model, with_state=True), size_of(t.hf_model, with_state=False)
-    # The newest is written before the oldest goes; --best keeps another one.
-    kept = min(len(saved), output.keep + 1) + t.config.evaluation.best
+    # The newest is written before the oldest goes; with --best each may keep the best of its time.
+    best = t.config.evaluation.best
+    kept = 2 * output.keep + 1 if best else min(len(saved), output.keep + 1)
     needed = kept * size + of_model
     directory = Path(output.output_dir or RUNS).absolute()
     free = shutil.disk_usage(next(d for d in (directory, *directory.parents) if d.exists())).free
     yield (
-        f"checkpoints: {len(saved):,} of {_gigabytes(size)}, the newest {output.keep} are kept: "
-        f"with model/ {_gigabytes(needed)} at most, {_gigabytes(free)} are free"
+        f"checkpoints: {len(saved):,} of {_gigabytes(size)}"
+        f"{', and of each evaluation that is the best' * best}, the newest {output.keep} are kept: "
+        f"with model/ {_gigabytes(needed)} at most; free: {_gigabytes(free)}"
     )
-    if needed > free:
+    if needed > free and t.ranks.is_first:
         print(f"warning: the disk has no room for the checkpoints of {directory}", file=sys.stderr)
 
 
@@ -166,7 +171,7 @@ def step_lines(t: Training) -> Iterator[str]:
     n_steps, seconds, losses = min(warm_up + TIMED, t.total_steps), [], []
     tokens, positions = 0, 0
     evaluation = _seconds_of_evaluation(t)
-    with out_of_memory_means(f"the same steps fit with {' or '.join(smaller_batches(t))}"):
+    with out_of_memory_means(smaller_batches(t)):
         begin = time.perf_counter()
         for done in loop.run_steps(t.loader.steps(0, n_steps), **t.step_arguments()):
             t.ranks.all_reduce_sum(done.loss)
@@ -174,23 +179,31 @@ def step_lines(t: Training) -> Iterator[str]:
             seconds.append(time.perf_counter() - begin)
             tokens, positions = tokens + done.step.n_tokens, positions + _positions(done.step)
             begin = time.perf_counter()
-    median = statistics.median(seconds[warm_up:] or seconds)
+    timed = seconds[warm_up:]
+    median = statistics.median(timed or seconds)
+    which = (
+        f"median of {len(timed)} after a warm-up" if timed else "of a first one, which is slower"
+    )
     size = t.hf_model.config.vocab_size
     yield (
         f"loss of the first step: {losses[0]:.4f} nats per masked token; guessing among {size:,} "
         f"tokens has ln {size} = {math.log(size):.4f}"
     )
     yield (
-        f"a step: {median:.3g} s (of {len(seconds[warm_up:]) or 1} after a warm-up), "
+        f"a step: {median:.3g} s ({which}), "
         f"{tokens / n_steps / median:,.0f} tokens/s; padding is "
         f"{1 - tokens / (positions * t.ranks.size):.1%} of what is computed"
     )
     yield from _memory_line(t)
     line = f"to the end: {tqdm.format_interval(median * t.total_steps)} of steps"
     if evaluation:
-        n = sum(t.evaluates_at(step) for step in range(t.total_steps + 1))
+        n = len(_evaluated(t))
         line += f", {tqdm.format_interval(n * evaluation)} of {n:,} evaluations"
     yield line
+
+
+def _evaluated(t: Training) -> list[int]:
+    return [step for step in range(t.total_steps + 1) if t.evaluates_at(step)]
 
 
 def _positions(step: Step) -> int:

@@ -1,4 +1,4 @@
-"""Settings that are allowed and yet cost a night: named before the first step of every run."""
+"""Settings that are allowed but probably mistakes: named before the first step of every run."""
 
 from collections.abc import Iterator
 
@@ -47,11 +47,11 @@ def mistakes(
     if config.model.init == "scratch" and settings.lr < FROM_SCRATCH:
         yield f"--lr {settings.lr:g} is a rate to fine-tune with, but the model starts at random"
     if config.model.init != "scratch" and settings.lr > FINE_TUNING:
-        yield f"--lr {settings.lr:g} fits random weights; it overwrites what pretraining taught"
+        yield f"--lr {settings.lr:g} fits random weights; it can destroy pretrained ones"
     if shared > SHARED:
         yield (
-            f"{shared:.0%} of the documents to evaluate on are in the training text, too: the "
-            "evaluation loss will say what was remembered"
+            f"{shared:.0%} of the documents to evaluate on are in the training text, too: their "
+            "loss measures memorization"
         )
     if isinstance(source, ShardedStream):
         files, shards = documents.rows.num_shards, len(source.positions)
@@ -70,6 +70,7 @@ def mistakes(
         longest = int(np.quantile(lengths, NEARLY_ALL))
         if 4 * longest <= size:
             yield (
-                f"--block-size {size}: {NEARLY_ALL:.0%} of the documents have at most {longest} "
-                "tokens; for rows of several, use --grouping blocks"
+                f"--block-size {size}, but {NEARLY_ALL:.0%} of the documents have at most "
+                f"{longest} tokens: the {settings.batch_size} rows of a batch are short; take more "
+                "of them (--batch-size), or several documents per row (--grouping blocks)"
             )

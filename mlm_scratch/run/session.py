@@ -193,8 +193,8 @@ def _directory_errors(directory: Path) -> Iterator[None]:
         threading.excepthook = excepthook
 
 
-def smaller_batches(t: Training) -> list[str]:
-    """List the flags with which the same steps fit into less memory."""
+def smaller_batches(t: Training, command: str = "") -> str:
+    """Describe how the same steps fit into less memory: with these flags, after a command."""
     size, ways = t.config.optimization.batch_size, []
     if size > 1:
         smaller = max(part for part in range(1, size) if size % part == 0)
@@ -202,16 +202,16 @@ def smaller_batches(t: Training) -> list[str]:
         ways.append(f"--batch-size {smaller} --accumulate {accumulate}")
     if t.hf_model.supports_gradient_checkpointing and not t.config.machine.gradient_checkpointing:
         ways.append("--gradient-checkpointing")
-    return ways
+    if not ways:
+        return "begin a new run with a smaller --block-size or model"
+    return f"the same steps fit with: {command}{' or '.join(ways)}"
 
 
 def _how_to_go_on(t: Training) -> str:
-    if not (ways := smaller_batches(t)):
-        return "begin a new run with a smaller --block-size or model"
     command = _resume_command(t.run_dir)
     if t.ranks.by_torchrun:
         command = command.replace("python", f"torchrun --nproc-per-node {t.ranks.local_size}", 1)
-    return f"the same steps fit with: {command} {' or '.join(ways)}"
+    return smaller_batches(t, f"{command} ")
 
 
 def _resume_command(directory: Path) -> str:

@@ -222,7 +222,11 @@ class Training:
         check_resume(self, state)
         self.steps_done, self.evaluations = state["steps_done"], dict(state["evaluations"])
         self.losses.load_state_dict(state)
+        # The rate's tensor, on a GPU, stays in place; a run may be resumed on another device.
+        own = [{k: group[k] for k in ("lr", "capturable")} for group in self.optimizer.param_groups]
         self.vocabulary.load_optimizer_state(self.optimizer, state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
         # Rebuilt rather than loaded: if the run is longer now, its rates are other ones.
         share = rate_schedule(self.config.optimization, self.total_steps)
         self.scheduler = build_schedule(self.optimizer, share, state["scheduled_steps"])

@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from mlm_scratch.hf.checks import REFUSALS, copy_with_the_same_weights
+from mlm_scratch.hf.checks import REFUSALS, copy_with_the_same_weights, in_eval_mode
 from mlm_scratch.loader import Step
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
@@ -45,7 +45,7 @@ class StepFlops:
 
 
 def weights_by_positions(model: MaskedLM) -> tuple[int, int]:
-    """Count the encoder's weights that multiply all positions, and those behind the gathering."""
+    """Count the encoder's weights that multiply all positions, and those after the gathering."""
     tried = copy_with_the_same_weights(model)
     counts = [0, 0]
 
@@ -58,7 +58,7 @@ def weights_by_positions(model: MaskedLM) -> tuple[int, int]:
             part.register_forward_hook(note)
     ids = torch.zeros((1, 4), dtype=torch.int64, device=model.hf_model.device)  # (B, T)
     first = torch.zeros(1, dtype=torch.int64, device=ids.device)  # (N,)
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(tried):  # dropout would draw numbers that are the run's
         tried.logits(ids, None, None if model.dense_head else first)
     return counts[0], counts[1]
 

@@ -20,7 +20,6 @@ from mlm_scratch.hf.checks import REFUSALS, copy_with_the_same_weights, in_eval_
 from mlm_scratch.model import MaskedLM
 
 MULTIPLE = 64
-OF_DEVICE = ("lr", "capturable")  # of AdamW's settings: the rate is a tensor on a GPU
 NEVER = -1e4  # as a logit: exp(NEVER) is 0 in fp32, and NEVER fits into fp16
 
 
@@ -60,13 +59,10 @@ class PaddedVocabulary:
         return state | {"state": self._each(self.cut, optimizer, state["state"])}
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Restore what `optimizer_state` returned, padded here or not, on a GPU or not."""
-        own = [{name: group[name] for name in OF_DEVICE} for group in optimizer.param_groups]
+        """Restore what `optimizer_state` returned, padded here or not."""
         optimizer.load_state_dict(
             state | {"state": self._each(self.pad, optimizer, state["state"])}
         )
-        for group, values in zip(optimizer.param_groups, own, strict=True):
-            group.update(values)
 
     def _each(self, change: Any, optimizer: Optimizer, slots: dict[int, Any]) -> dict[int, Any]:
         """Change every tensor that belongs to a parameter; slots are numbered as these are."""

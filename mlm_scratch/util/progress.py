@@ -22,13 +22,13 @@ def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
 
 
 def late_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """Return a bar that is there while something takes longer than PATIENCE, and then goes."""
+    """Return a bar that appears after PATIENCE seconds, and is removed at the end."""
     return progress_bar(*args, delay=PATIENCE, leave=False, **kwargs)
 
 
 @contextmanager
 def announced(what: str) -> Iterator[None]:
-    """Print `what` is being done if it takes longer than PATIENCE; on rank 0 alone."""
+    """Print `what` if the block takes longer than PATIENCE seconds; on rank 0 alone."""
     timer = threading.Timer(PATIENCE, print, [what], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     if this_launch().is_first:
@@ -41,10 +41,10 @@ def announced(what: str) -> Iterator[None]:
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import torch and transformers in three quarters of the time: nothing of them is garbage.
+    """Import torch and transformers a quarter faster, with garbage collection switched off.
 
-    Python's collector would look through half a million new objects again and again. It is switched
-    off meanwhile, and leaves them alone for good.
+    What an import creates is not garbage; the collector would look through half a million new
+    objects again and again. It ignores them from then on.
     """
     if "torch" in sys.modules:
         yield

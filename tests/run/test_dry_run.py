@@ -20,10 +20,10 @@ LINES = {"grouping": "lines", "block_size": 64}
 
 
 def told(capsys, config):
-    """What a dry run prints, and its numbers by the words before them."""
+    """What a dry run prints."""
     dry_run.dry_run(config)
     out = capsys.readouterr().out
-    assert not Path("runs").exists() and out.endswith("a dry run: nothing was written\n")
+    assert not Path("runs").exists() and out.endswith("a dry run: no run was begun\n")
     return out
 
 
@@ -46,7 +46,7 @@ def test_the_run_that_follows_has_the_numbers_of_the_dry_run(files, capsys, sett
             assert line in out.splitlines()
     lines, saved = read_metrics(run_dir), checkpoints(run_dir)
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert number(out, r"steps: ([\d,]+), ") == len(losses)
+    assert number(out, r"steps: ([\d,]+) \(") == len(losses)
     assert number(out, r"evaluations: ([\d,]+), ") == sum("eval_loss" in line for line in lines)
     assert number(out, r"checkpoints: ([\d,]+) of ") == len(saved)
     assert number(out, r"loss of the first step: ([\d.]+)") == pytest.approx(losses[0], abs=1e-4)
@@ -89,10 +89,24 @@ def test_a_disk_that_is_too_small_is_named(files, capsys, monkeypatch):
     assert "warning: the disk has no room for the checkpoints of " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("steps, which", [(1, "of a first one"), (3, "median of 2 after")])
+def test_a_run_of_a_few_steps(files, capsys, steps, which):
+    out = told(capsys, small_config(files, max_steps=steps, no_eval_first=True))
+    assert number(out, r"steps: ([\d,]+) \(") == steps and which in out
+    assert number(out, r"a step: ([\d.e-]+) s") > 0 and "padding is 0.0% of" in out
+
+
+def test_with_best_more_checkpoints_may_be_there_at_once(files, capsys):
+    """Each of those kept, with the best of its time, and the one that is being written."""
+    out = told(capsys, small_config(files, best=True, eval_fraction=0.2, save_every=2))
+    size, needed = (number(out, p) for p in (r"of ([\d.]+) MB", r"with model/ ([\d.]+) MB"))
+    assert needed == pytest.approx((2 * 2 + 1) * size + size / 3, rel=0.1)
+
+
 def test_a_stream_is_tried_too(files, capsys):
     settings = {"streaming": True, "max_steps": 5, "eval_fraction": 0.0}
     out = told(capsys, small_config(files, **settings))
-    assert number(out, r"steps: ([\d,]+), ") == 5 and "to the end: " in out
+    assert number(out, r"steps: ([\d,]+) \(") == 5 and "to the end: " in out
 
 
 def test_out_of_memory_says_how_the_steps_fit(files, call, monkeypatch):
@@ -102,6 +116,9 @@ def test_out_of_memory_says_how_the_steps_fit(files, call, monkeypatch):
     monkeypatch.setattr(dry_run.loop, "run_steps", too_large)
     code, _, err = call(command, *small_flags(files), "--dry-run")
     assert code == 2 and "--batch-size 4 --accumulate 2 or --gradient-checkpointing" in err
+    flags = ("--dry-run", "--batch-size", 1, "--gradient-checkpointing")
+    code, _, err = call(command, *small_flags(files), *flags)
+    assert code == 2 and "begin a new run with a smaller --block-size or model" in err
 
 
 def test_it_goes_with_a_new_run_only(files, call):

@@ -140,7 +140,7 @@ def test_gradient_checkpointing_computes_the_layers_twice_and_changes_nothing(fi
     assert counts[1] - counts[0] == 2 * 5  # a layer of two, in each step
 
 
-def test_masked_positions_are_gathered_behind_layers_that_are_computed_again(
+def test_masked_positions_are_gathered_after_layers_that_are_computed_again(
     files_without_dropout,
 ):
     losses = []

@@ -66,12 +66,15 @@ def test_each_text_has_the_values_of_an_evaluation_by_hand(files, texts, capsys)
     assert {"eval/loss", "eval/general_loss", "eval/general_perplexity"} <= {*curves}
 
 
-def test_the_names_are_those_of_trainer_with_a_dict_of_data_sets(files, texts, tmp_path):
+def test_the_second_text_is_named_as_trainer_names_it_in_a_dict(files, texts, tmp_path):
     model = AutoModelForMaskedLM.from_pretrained(files / "model")
     row = {"input_ids": [0, 5, 6, 2], "labels": [-100, 5, -100, -100]}
     arguments = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
-    trainer = Trainer(model, arguments, eval_dataset={"general": [row]})
-    assert "eval_general_loss" in trainer.evaluate()
+    theirs = Trainer(model, arguments, eval_dataset={"general": [row]}).evaluate()
+    (loss,) = [name for name in theirs if name.endswith("loss")]
+    paths = (f"domain={texts / 'notes.txt'}", f"general={texts / 'wiki.txt'}")
+    ours = read_metrics(train(config_of(files, *paths)))[0]
+    assert loss in ours and loss != "eval_loss"
 
 
 def test_the_first_decides_what_is_best(files, texts):
@@ -96,6 +99,8 @@ def test_a_path_is_a_path_where_a_file_has_that_very_name(files, texts, call, mo
     assert code == 0 and "22 to evaluate on: " in out, err  # one text of both files
     code, out, err = call(command, *flags, "--eval-file", "a=wiki.txt", "b=a=b.txt")
     assert code == 0 and "20 to evaluate on: " in out and "2 to evaluate on: " in out, err
+    code, _, err = call(command, *flags, "--eval-file", "a=wiki.txt", "notes.txt")
+    assert code == 2 and "a file without a name comes first, or all texts have names" in err
     code, _, err = call(command, *flags, "--eval-file", "a=nowhere.txt")
     assert code == 2 and "nowhere.txt" in err.splitlines()[-1]
 

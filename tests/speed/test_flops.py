@@ -40,9 +40,17 @@ def test_flops_of_distilroberta_by_hand():
     expected = 1024 * (6 * encoder + 12 * 6 * 128 * 768) + 6 * 160 * (768**2 + 768 * 50265)
     masked_lm = MaskedLM(model)
     assert StepFlops(masked_lm).count(positions=1024, width=128, gathered=160) == expected
-    masked_lm.gather_behind(model.roberta.encoder.layer[5].attention.output.LayerNorm)
+    masked_lm.gather_after(model.roberta.encoder.layer[5].attention.output.LayerNorm)
     expected -= 6 * (1024 - 160) * 2 * 768 * 3072
     assert StepFlops(masked_lm).count(positions=1024, width=128, gathered=160) == expected
+
+
+def test_counting_draws_no_number_of_the_run(files):
+    """Dropout would be another one, in the run and after each resume."""
+    t = prepare(small_config(files))
+    before = torch.get_rng_state()
+    StepFlops(t.model)
+    assert torch.equal(torch.get_rng_state(), before) and t.model.training
 
 
 @pytest.mark.parametrize("settings", [{}, {"dense_head": True}, {"grouping": "lines"}])

@@ -41,7 +41,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -617,7 +617,7 @@ class Check:
 
 # How to do without a part of speed/, and the settings of the steps in which it matters.
 PARTS: dict[str, tuple[Switch, dict[str, Any]]] = {
-    "gathering behind the last attention": (
+    "gathering after the last attention": (
         lambda: patch.object(build, "earliest_gather", lambda model, _: model.hf_model.base_model),
         {},
     ),
@@ -753,9 +753,10 @@ def environment(device: torch.device) -> dict[str, str | None]:
 
 
 def source_digest() -> str:
-    """Digest the package: figures of another version do not go with these."""
+    """Digest the package and what measures it: figures of other versions do not go with these."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "mlm_scratch").rglob("*.py")):
+    folders = (ROOT / "mlm_scratch", ROOT / "tests" / "tools", ROOT / "tests" / "support")
+    for path in sorted([ROOT / "train.py", *chain(*(f.rglob("*.py") for f in folders))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -769,11 +770,9 @@ def read_report(path: Path, facts: dict[str, str | None]) -> dict[str, Entry]:
     if not path.exists():
         return {}
     report = json.loads(path.read_text())
-    for name, value in report["environment"].items():
-        if name != "date" and value != facts[name]:
-            raise UserError(
-                f"{path} is of {name} {value}, not {facts[name]}: give another --output"
-            )
+    for name, value in facts.items():
+        if name != "date" and (of_file := report["environment"].get(name)) != value:
+            raise UserError(f"{path} is of {name} {of_file}, not {value}: give another --output")
     entries = [Entry(**entry) for entry in report["entries"]]
     return {entry.name: entry for entry in entries if "out of time" not in entry.failure}
 
@@ -847,6 +846,7 @@ def main() -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     facts, output = environment(device), Path(arguments.output)
+    facts["scale"] = "tiny" if arguments.tiny else "full"
     known = read_report(output, facts)
     entries: list[Entry] = []
     with tempfile.TemporaryDirectory() as directory:

@@ -87,7 +87,8 @@ def test_all_of_it_in_two_calls(call, tmp_path, monkeypatch):
 
 def test_figures_of_another_version_are_not_mixed_in(call, tmp_path):
     path = tmp_path / "old.json"
-    facts = gpu_check.environment(torch.device("cpu")) | {"source": "123456789abc"}
+    facts = gpu_check.environment(torch.device("cpu"))
+    facts |= {"scale": "tiny", "source": "123456789abc"}
     path.write_text(json.dumps({"environment": facts, "entries": []}))
     code, _, errors = call(gpu_check, "--tiny", "--output", path)
     assert code == 2 and "is of source 123456789abc, not " in errors
