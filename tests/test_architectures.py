@@ -196,6 +196,28 @@ def test_no_zero_of_a_new_model_hides_what_mixes_positions():
     assert earliest_gather(MaskedLM(model), 12) is last.output.LayerNorm
 
 
+def test_what_has_no_gradient_is_no_place_to_gather():
+    """Such as positions that are computed, not learned: nothing can be found out about them."""
+
+    class Computed(torch.nn.Module):
+        def forward(self, hidden):
+            return torch.ones_like(hidden).detach()
+
+    class WithPositions(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.positions = module, Computed()
+
+        def forward(self, hidden):
+            return self.module(hidden) + self.positions(hidden)
+
+    config = transformers.BertConfig(vocab_size=len(TOKENIZER), **BERT_LIKE)
+    model = AutoModelForMaskedLM.from_config(config)
+    last = model.bert.encoder.layer[1]
+    last.output.dropout = WithPositions(last.output.dropout)
+    assert earliest_gather(MaskedLM(model), 12) is last.attention.output.LayerNorm
+
+
 def test_a_model_that_pads_long_rows_inside_gathers_at_its_end():
     """BigBird's blocks of 4; short rows have all tokens attend to all."""
     settings = BERT_LIKE | {"block_size": 4, "num_random_blocks": 1}

@@ -370,6 +370,8 @@ def test_a_run_begun_on_one_device_goes_on_on_the_other(found, begun, ended):
     assert len(result["gpu"]) == 4
     assert_close(result["gpu"], result["cpu"])
     assert result["difference"] < 1e-5
+    # The optimizer's own: a graph may read it there.
+    assert result["rate"] == (["cuda", True] if ended == "cuda" else ["a number", False])
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
@@ -696,7 +698,10 @@ def resumed_run(files: Path, begun: str, ended: str) -> Any:
         forget_after(2, on_both)
         config = small_config(files, device=ended, output_dir=str(on_both), **settings)
         train(config, resume=True)
-    return compared(on_both, on_cpu)
+        t = prepare(config, on_both / "checkpoint-4")
+        (group, _) = t.optimizer.param_groups
+        rate = group["lr"].device.type if isinstance(group["lr"], Tensor) else "a number"
+    return compared(on_both, on_cpu) | {"rate": [rate, group["capturable"]]}
 
 
 def compared(on_gpu: Path, on_cpu: Path) -> dict[str, Any]:

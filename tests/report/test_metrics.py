@@ -28,7 +28,10 @@ def test_unreadable_metrics_are_dropped_with_a_warning(files, capsys):
 def test_numbers_that_json_does_not_have_are_null_and_come_back(tmp_path):
     lines = [
         {"loss": math.nan, "grad_norm": math.inf},
-        {"eval_loss": 800.0, "perplexity": math.inf, "eval_accuracy": 0.5},
+        {
+            **{"eval_loss": 800.0, "perplexity": math.inf, "eval_accuracy": 0.5},
+            **{"eval_wiki_loss": 900.0, "eval_wiki_perplexity": math.inf},
+        },
         {"watch": [{"text": "A <mask>.", "fill": "", "p": math.nan}]},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(as_json, lines)))

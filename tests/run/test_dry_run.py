@@ -80,6 +80,7 @@ def test_what_the_block_size_cuts_off(tmp_path, files, capsys):
     config = small_config(files, train_file=(str(path),), grouping="lines", block_size=10)
     out = told(capsys, config)
     assert number(out, r"cut off by --block-size 10: ([\d.]+)%") == pytest.approx(50, abs=0.05)
+    assert re.search(r"row 0, 5 tokens; a document begins at 0:\n  0: <s> ", out)
     assert "tokens per document: median 15, 99 % have at most 24 (2 documents" in out
 
 

@@ -99,6 +99,8 @@ def test_a_path_is_a_path_where_a_file_has_that_very_name(files, texts, call, mo
     assert code == 0 and "22 to evaluate on: " in out, err  # one text of both files
     code, out, err = call(command, *flags, "--eval-file", "a=wiki.txt", "b=a=b.txt")
     assert code == 0 and "20 to evaluate on: " in out and "2 to evaluate on: " in out, err
+    saved = json.loads(Path("runs/latest/run.json").read_text())["config"]["evaluation"]
+    assert saved["eval_file"] == [f"a={texts / 'wiki.txt'}", f"b={texts / 'a=b.txt'}"]
     code, _, err = call(command, *flags, "--eval-file", "a=wiki.txt", "notes.txt")
     assert code == 2 and "a file without a name comes first, or all texts have names" in err
     code, _, err = call(command, *flags, "--eval-file", "a=nowhere.txt")
