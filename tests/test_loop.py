@@ -133,7 +133,13 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("settings, graphs", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize(
+    "settings, graphs",
+    [
+        pytest.param(*case, id=name, marks=[] if name in ("blocks", "padded") else pytest.mark.slow)
+        for name, case in COMPILED.items()
+    ],
+)
 def test_a_compiled_step_is_one_graph_per_shape(
     files_without_dropout, monkeypatch, settings, graphs
 ):

@@ -87,6 +87,7 @@ def test_what_is_held_out_is_in_no_document():
     assert set(WATCHED) & asked["reporting"]
 
 
+@pytest.mark.slow
 def test_a_fraction_or_a_file_that_is_named_is_evaluated_on(tmp_path):
     write_text(tmp_path / "a.txt")
     file = (str(tmp_path / "a.txt"),)

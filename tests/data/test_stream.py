@@ -87,8 +87,8 @@ def test_a_pass_has_every_document_of_a_shard_once_and_shuffled(files, small_buf
     "names, settings",
     [
         (["a.txt"], {"whole_word": True, "accumulate": 2, "batch_size": 6}),
-        (["b.jsonl"], {}),
-        ([f"part-{part}.txt" for part in range(16)], {}),
+        pytest.param(["b.jsonl"], {}, marks=pytest.mark.slow),
+        pytest.param([f"part-{part}.txt" for part in range(16)], {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_stream_goes_on_where_it_was(files, small_buffers, names, settings):

@@ -183,6 +183,7 @@ def test_auto_takes_the_bundled_recipe_without_hub_and_cache(hub, tmp_path):
     assert Path("runs/bundled/model/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_hub_that_accepts_and_never_answers_is_given_up_in_time(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -67,6 +67,7 @@ def alone(files, tmp_path_factory):
     return train(config(files, output_dir=str(tmp_path_factory.mktemp("alone"))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("processes, batch_size, accumulate", [(2, 4, 2), (4, 4, 1)])
 def test_any_number_of_processes_has_the_same_loss_curve(

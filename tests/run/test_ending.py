@@ -115,6 +115,7 @@ def test_any_directory_may_hold_the_model(files, call, monkeypatch, tmp_path, na
     assert "- training: a.txt (version " in card and "--model ./bundled" in card
 
 
+@pytest.mark.slow
 def test_a_directory_called_bundled_is_not_the_built_in_model(files, call, monkeypatch, tmp_path):
     """Nor the built-in text: not even where a run of that name is."""
     shutil.copytree(files / "model", tmp_path / "bundled")
