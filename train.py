@@ -42,7 +42,9 @@ def main() -> None:
         given["train_file"] = tuple(map(os.path.abspath, given["train_file"]))
     if "eval_file" in given:
         named = map(named_path, given["eval_file"])
-        given["eval_file"] = tuple(joined(name, os.path.abspath(path)) for name, path in named)
+        given["eval_file"] = tuple(
+            joined(name, os.path.abspath(path) if path else "") for name, path in named
+        )
     for name in ("add_tokens", "model", "dataset"):
         if name in given and given[name] != BUNDLED and os.path.exists(given[name]):
             given[name] = os.path.abspath(given[name])
@@ -136,7 +138,8 @@ def _argument(option: dataclasses.Field, kind: type) -> dict:
     if "choices" in option.metadata:
         arguments["choices"] = option.metadata["choices"]
     if typing.get_origin(kind) is tuple:
-        return arguments | {"nargs": "+", "metavar": option.metadata.get("metavar", "PATH")}
+        metavar = option.metadata.get("metavar", "PATH")
+        return arguments | {"nargs": "+", "action": "extend", "metavar": metavar}
     if option.metadata.get("steps"):
         return arguments | {"type": steps, "metavar": "N"}
     if kind == float | str:

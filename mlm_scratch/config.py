@@ -6,6 +6,7 @@ takes the section that it needs, and a TrainConfig only where it needs several.
 
 import math
 import os
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, get_origin, get_type_hints
@@ -34,7 +35,7 @@ def _option(default: Any, help: str, **meta: Any) -> Any:
 def named_path(text: str) -> tuple[str, str]:
     """Return name and path of "name=path"; "" and the text where it is the path of a file."""
     name, equals, path = text.partition("=")
-    has_name = equals and name.isidentifier() and not os.path.exists(text)
+    has_name = equals and re.fullmatch(r"[\w-]+", name) and not os.path.exists(text)
     return (name, path) if has_name else ("", text)
 
 
@@ -350,6 +351,8 @@ class EvaluationSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "" in sum(self.files_by_name.values(), ()):
+            raise UserError("--eval-file: there is no path after the = of a name")
         if "" in [*self.files_by_name][1:]:
             raise UserError(
                 "--eval-file: a file without a name comes first, or all texts have names, as in "

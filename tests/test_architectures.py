@@ -33,6 +33,7 @@ BERT_LIKE = {
     "max_position_embeddings": 70,
 }
 FAMILIES = {
+    "Luke": BERT_LIKE | {"entity_vocab_size": 4, "entity_emb_size": 8},  # cuts to a row's length
     "Albert": BERT_LIKE | {"embedding_size": 16},
     "Bert": BERT_LIKE,
     "BigBird": BERT_LIKE | {"attention_type": "original_full"},
@@ -159,6 +160,7 @@ NOT_A_NORM = {
     "albert": "",  # its layers are one, run several times
     "esm": "encoder.layer.1.attention.output",  # its norms come before what they are for
     "ibert": "",  # its modules return a scale, too
+    "luke": "",  # it cuts off what is longer than a row
     "megatron-bert": "encoder.layer.1.attention.output",
     "mobilebert": "encoder.layer.1.output.bottleneck.LayerNorm",  # its layers have two streams
     "modernbert": "layers.1",  # the sum after its attention belongs to no module
@@ -216,6 +218,36 @@ def test_what_has_no_gradient_is_no_place_to_gather():
     last = model.bert.encoder.layer[1]
     last.output.dropout = WithPositions(last.output.dropout)
     assert earliest_gather(MaskedLM(model), 12) is last.attention.output.LayerNorm
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 4])
+def test_a_layer_that_works_on_chunks_of_positions_gets_all_of_them(chunk):
+    """It refuses a number of positions that is not a multiple: any may be masked."""
+    settings = BERT_LIKE | {"chunk_size_feed_forward": chunk}
+    config = transformers.BertConfig(vocab_size=len(TOKENIZER), **settings)
+    masked_lm = MaskedLM(AutoModelForMaskedLM.from_config(config))
+    module = earliest_gather(masked_lm, 12)
+    works = sparse_head_works(masked_lm)  # it refuses odd rows, too
+    assert module is (masked_lm.hf_model.bert if works else None)
+
+
+def test_a_model_that_refuses_to_be_tried_gathers_at_its_end():
+    """Reformer's layers compute their input again in the backward pass."""
+    config = transformers.ReformerConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        num_attention_heads=2,
+        attention_head_size=16,
+        feed_forward_size=64,
+        attn_layers=["local", "local"],
+        local_attn_chunk_length=4,
+        axial_pos_embds=False,
+        max_position_embeddings=64,
+        is_decoder=False,
+        pad_token_id=1,
+    )
+    masked_lm = MaskedLM(AutoModelForMaskedLM.from_config(config))
+    assert earliest_gather(masked_lm, 16) in (masked_lm.hf_model.base_model, None)
 
 
 def test_a_model_that_pads_long_rows_inside_gathers_at_its_end():

@@ -21,7 +21,10 @@ from mlm_scratch.util.errors import UserError
 Model = TypeVar("Model", bound=nn.Module)
 
 # What models raise for inputs, or for half-precision numbers, that they do not support.
-REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+REFUSALS = (
+    *(AssertionError, AttributeError, IndexError, KeyError),
+    *(RuntimeError, TypeError, ValueError),
+)
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)  # kinds of RuntimeError
 NO_LIMIT = 10**9  # a tokenizer that does not know its model's limit reports 10**30
 

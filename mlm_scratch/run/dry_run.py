@@ -4,6 +4,7 @@ All of it comes from what the run itself would use, so its numbers are those of 
 """
 
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -32,7 +33,7 @@ from mlm_scratch.run.checkpoint import size_of
 from mlm_scratch.run.directory import check_output_dir
 from mlm_scratch.run.session import smaller_batches
 from mlm_scratch.run.state import Training
-from mlm_scratch.util.errors import out_of_memory_means
+from mlm_scratch.util.errors import UserError, out_of_memory_means
 from mlm_scratch.util.runs import RUNS
 
 SAMPLE = 2_000  # documents whose lengths are looked at
@@ -50,7 +51,7 @@ def dry_run(config: TrainConfig) -> None:
         UserError: as the run itself would.
     """
     with all_ranks() as ranks, ExitStack() as held:
-        ranks.rank0_decides(lambda: check_output_dir(config.output.output_dir))
+        ranks.rank0_decides(lambda: _check_output_dir(config.output.output_dir))
         print(*settings_lines(config), sep="\n", flush=True)
         t = prepare(config, None, ranks)
         held.callback(t.source.close)
@@ -59,6 +60,14 @@ def dry_run(config: TrainConfig) -> None:
             for line in lines(t):
                 print(line, flush=True)
     print("a dry run: no run was begun")
+
+
+def _check_output_dir(output_dir: str | None) -> None:
+    """Raise UserError if the run could not be written there, as far as that shows beforehand."""
+    check_output_dir(output_dir)
+    nearest = _existing(Path(output_dir or RUNS).absolute())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"cannot make the run directory: {nearest} is no directory to write to")
 
 
 def settings_lines(config: TrainConfig) -> Iterator[str]:
@@ -102,7 +111,10 @@ def _tokens(t: Training, ids: list[int]) -> str:
 def length_lines(t: Training) -> Iterator[str]:
     """Yield how long the documents are, and what is cut off."""
     whole = changed(t.config, grouping="blocks", whole_word=False)  # cuts nothing off
-    lengths = [len(ids) for ids, _ in tokenize(_sample(t.documents), t.tokenizer, whole)]
+    texts = _sample(t.documents)
+    if t.config.text.grouping == "lines":  # which skips those without text
+        texts = filter(str.strip, texts)
+    lengths = [len(ids) for ids, _ in tokenize(texts, t.tokenizer, whole)]
     median, most = (int(np.quantile(lengths, share)) for share in (0.5, 0.99))
     yield (
         f"tokens per document: median {median:,}, 99 % have at most {most:,} "
@@ -132,28 +144,28 @@ def plan_lines(t: Training) -> Iterator[str]:
         f"{t.loader.steps_per_epoch:,}), {t.loader.rows_per_step:,} rows per step (batch size "
         f"{settings.batch_size} x {settings.accumulate} accumulated x {t.ranks.size} processes)"
     )
-    evaluated = _evaluated(t)
-    shown = ", ".join(f"{step:,}" for step in evaluated[:3])
-    more = f", ..., {evaluated[-1]:,}" if len(evaluated) > 3 else ""
-    rows = _rows_to_evaluate(t)
-    yield f"evaluations: {len(evaluated):,}" + (
-        f", after steps {shown}{more}; {rows:,} rows each" if evaluated else ""
+    n, first = _evaluations(t)
+    shown = ", ".join(f"{step:,}" for step in first)
+    more = f", ..., {t.total_steps:,}" if n > 3 else ""
+    yield f"evaluations: {n:,}" + (
+        f", after steps {shown}{more}; {_rows_to_evaluate(t):,} rows each" if n else ""
     )
 
 
 def disk_lines(t: Training) -> Iterator[str]:
     """Yield the checkpoints to come, and the space that they take."""
     output = t.config.output
-    saved = [step for step in range(1, t.total_steps + 1) if t.due(output.save_every, step)]
+    n, _ = _due(output.save_every, t.total_steps)
     size, of_model = size_of(t.hf_model, with_state=True), size_of(t.hf_model, with_state=False)
     # The newest is written before the oldest goes; with --best each may keep the best of its time.
     best = t.config.evaluation.best
-    kept = 2 * output.keep + 1 if best else min(len(saved), output.keep + 1)
+    written = n + best * _evaluations(t)[0]
+    kept = min(written, (2 if best else 1) * output.keep + 1)
     needed = kept * size + of_model
     directory = Path(output.output_dir or RUNS).absolute()
-    free = shutil.disk_usage(next(d for d in (directory, *directory.parents) if d.exists())).free
+    free = shutil.disk_usage(_existing(directory)).free
     yield (
-        f"checkpoints: {len(saved):,} of {_gigabytes(size)}"
+        f"checkpoints: {n:,} of {_gigabytes(size)}"
         f"{', and of each evaluation that is the best' * best}, the newest {output.keep} are kept: "
         f"with model/ {_gigabytes(needed)} at most; free: {_gigabytes(free)}"
     )
@@ -197,13 +209,29 @@ def step_lines(t: Training) -> Iterator[str]:
     yield from _memory_line(t)
     line = f"to the end: {tqdm.format_interval(median * t.total_steps)} of steps"
     if evaluation:
-        n = len(_evaluated(t))
+        n, _ = _evaluations(t)
         line += f", {tqdm.format_interval(n * evaluation)} of {n:,} evaluations"
     yield line
 
 
-def _evaluated(t: Training) -> list[int]:
-    return [step for step in range(t.total_steps + 1) if t.evaluates_at(step)]
+def _evaluations(t: Training) -> tuple[int, list[int]]:
+    """Count the evaluations to come, and list the steps of the first three."""
+    if not t.evaluates_at(t.total_steps):
+        return 0, []
+    n, first = _due(t.evaluation_interval, t.total_steps)
+    before = [0] if t.evaluates_at(0) else []
+    return len(before) + n, [*before, *first][:3]
+
+
+def _due(every: int, total: int) -> tuple[int, list[int]]:
+    """Count the steps from 1 on for which `Training.due` holds, and list the first three."""
+    regular = range(every, total + 1, every) if every else range(0)
+    last = [] if total in regular else [total]
+    return len(regular) + len(last), [*regular[:3], *last][:3]
+
+
+def _existing(directory: Path) -> Path:
+    return next(d for d in (directory, *directory.parents) if os.path.exists(d))
 
 
 def _positions(step: Step) -> int:

@@ -39,7 +39,14 @@ def mistakes(
             f"--warmup-steps: the rate rises for {warmup:,} steps, but the run has "
             f"{total_steps:,}: it never reaches --lr"
         )
-    if (passes := total_steps / steps_per_epoch) > MANY_PASSES:
+    decay = as_steps(settings.decay_steps, total_steps) if settings.schedule == "wsd" else 0
+    if total_steps > 1 and decay and warmup < total_steps < warmup + decay:
+        yield (
+            f"--warmup-steps {warmup:,} and --decay-steps {decay:,} are more than the "
+            f"{total_steps:,} steps of the run: it never reaches --lr"
+        )
+    passes = total_steps / steps_per_epoch
+    if passes > MANY_PASSES and not config.evaluation.patience:
         yield (
             f"{total_steps:,} steps read each of the {len(source):,} rows {passes:,.0f} times: is "
             "that all of the text, and the right --max-steps or --epochs?"

@@ -95,8 +95,13 @@ class Training:
             return False
         if step == 0:
             return not self.config.evaluation.no_eval_first
+        return self.due(self.evaluation_interval, step)
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between two evaluations."""
         every = as_steps(self.config.evaluation.eval_every, self.total_steps)
-        return self.due(every or self.loader.steps_per_epoch, step)
+        return every or self.loader.steps_per_epoch
 
     def evaluate_and_save(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate if due, and save if due. Returns whether the run is to end here.

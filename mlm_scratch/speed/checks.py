@@ -1,13 +1,14 @@
 """What of this folder a model can take, found by running a small batch."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlm_scratch.hf.checks import (
+    DEVICE_ERRORS,
+    REFUSALS,
     copy_with_the_same_weights,
     in_eval_mode,
     refusal_means_no,
@@ -36,27 +37,35 @@ def earliest_gather(model: MaskedLM, length: int) -> nn.Module | None:
     if not sparse_head_works(model):
         return None
     tried = _copy_with_other_vectors(model)
-    widths = (4, max(5, length - 1 + length % 2))  # the other one is odd: a model may pad rows
-    expected = [_gathered_logits(tried, "", width) for width in widths]  # (4, V) each
-    for name in _modules_without_mixing(tried):
-        if all(map(partial(_same_logits, tried, name), widths, expected)):
+    odd = max(5, length - 1 + length % 2)  # no multiple of what a model could pad its rows to
+    try:
+        names = _modules_without_mixing(tried)
+    except DEVICE_ERRORS:
+        raise
+    except REFUSALS:
+        names = []
+    for name in names:
+        if all(_can_gather_after(tried, name, width) for width in (4, odd)):
             return model.hf_model.base_model.get_submodule(name)
     return model.hf_model.base_model
 
 
 @refusal_means_no
-def _same_logits(model: MaskedLM, name: str, width: int, expected: Tensor) -> bool:
-    return _nearly_equal(_gathered_logits(model, name, width), expected)
-
-
 @torch.no_grad()
-def _gathered_logits(model: MaskedLM, name: str, width: int) -> Tensor:
-    """Return the logits at some positions of two rows, gathered after a module: (4, V)."""
-    tried = copy_with_the_same_weights(model)
-    tried.gather_after(tried.hf_model.base_model.get_submodule(name))
-    at = torch.tensor([0, width - 1, width, width + 1])  # (4,) flat
-    with in_eval_mode(tried):
-        return _logits_at(tried, at, *_rows_of([width, width // 2], model))
+def _can_gather_after(model: MaskedLM, name: str, width: int) -> bool:
+    """Whether the logits are the same as from the encoder's output, in two rows of this width.
+
+    At more positions than a row has, and (of rows of 4) at a prime number of them: some models cut
+    off what is longer than a row, some work on chunks of it.
+    """
+    rows, at = _rows_of([width, width], model), torch.arange(width + 3 - width % 2)  # (N,) flat
+    logits = []
+    for module in ("", name):
+        tried = copy_with_the_same_weights(model)
+        tried.gather_after(tried.hf_model.base_model.get_submodule(module))
+        with in_eval_mode(tried):
+            logits.append(_logits_at(tried, at, *rows))  # (N, V)
+    return _nearly_equal(logits[1], logits[0])
 
 
 def _modules_without_mixing(model: MaskedLM) -> list[str]:

@@ -102,6 +102,27 @@ def test_with_best_more_checkpoints_may_be_there_at_once(files, capsys):
     out = told(capsys, small_config(files, best=True, eval_fraction=0.2, save_every=2))
     size, needed = (number(out, p) for p in (r"of ([\d.]+) MB", r"with model/ ([\d.]+) MB"))
     assert needed == pytest.approx((2 * 2 + 1) * size + size / 3, rel=0.1)
+    out = told(capsys, small_config(files, best=True, eval_fraction=0.2, max_steps=1))
+    assert number(out, r"with model/ ([\d.]+) MB") == pytest.approx(3 * size + size / 3, rel=0.2)
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, 10, 11])
+def test_what_is_due_is_counted_as_the_run_counts_it(files, every):
+    t = prepare(small_config(files, max_steps=10))
+    steps = [step for step in range(1, 11) if t.due(every, step)]
+    assert dry_run._due(every, 10) == (len(steps), steps[:3])
+
+
+def test_a_billion_steps_take_no_time_to_count(files, capsys):
+    out = told(capsys, small_config(files, max_steps=10**9, eval_fraction=0.2, save_every=7))
+    assert number(out, r"checkpoints: ([\d,]+) of") == 142_857_143
+
+
+def test_a_place_where_no_directory_can_be_made(tmp_path, files, call):
+    (tmp_path / "file").touch()
+    flags = [*small_flags(files), "--output-dir", tmp_path / "file" / "run", "--dry-run"]
+    code, _, err = call(command, *flags)
+    assert code == 2 and "file is no directory to write to" in err
 
 
 def test_a_stream_is_tried_too(files, capsys):
@@ -133,6 +154,10 @@ def test_it_goes_with_a_new_run_only(files, call):
 MISTAKES = {
     "none": ({"lr": 5e-4}, ""),
     "warm-up": ({"warmup_steps": 9, "max_steps": 9}, "rises for 9 steps, but the run has 9:"),
+    "warm-up and decay": (
+        {"schedule": "wsd", "warmup_steps": 5, "decay_steps": 5, "max_steps": 9},
+        "are more than the 9 steps of the run",
+    ),
     "passes": ({"max_steps": 99_999}, "99,999 steps read each of the 93 rows 8,333 times"),
     "rate of pretraining": ({"lr": 6e-4}, "--lr 0.0006 fits random weights"),
     "rate of fine-tuning": ({"lr": 1e-5, "init": "scratch"}, "--lr 1e-05 is a rate to fine-tune"),

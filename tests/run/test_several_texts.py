@@ -103,6 +103,12 @@ def test_a_path_is_a_path_where_a_file_has_that_very_name(files, texts, call, mo
     assert saved["eval_file"] == [f"a={texts / 'wiki.txt'}", f"b={texts / 'a=b.txt'}"]
     code, _, err = call(command, *flags, "--eval-file", "a=wiki.txt", "notes.txt")
     assert code == 2 and "a file without a name comes first, or all texts have names" in err
+    code, out, err = call(
+        command, *flags, "--eval-file", "a=wiki.txt", "--eval-file", "my-b=a=b.txt"
+    )
+    assert code == 0 and "20 to evaluate on: " in out and "    my-b: loss " in out, err
+    code, _, err = call(command, *flags, "--eval-file", "a=")
+    assert code == 2 and "there is no path after the = of a name" in err
     code, _, err = call(command, *flags, "--eval-file", "a=nowhere.txt")
     assert code == 2 and "nowhere.txt" in err.splitlines()[-1]
 
