@@ -22,8 +22,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # What models raise for inputs, or for half-precision numbers, that they do not support.
 REFUSALS = (
-    *(AssertionError, AttributeError, IndexError, KeyError),
-    *(RuntimeError, TypeError, ValueError),
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 DEVICE_ERRORS = (torch.AcceleratorError, torch.OutOfMemoryError)  # kinds of RuntimeError
 NO_LIMIT = 10**9  # a tokenizer that does not know its model's limit reports 10**30
