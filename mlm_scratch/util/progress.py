@@ -28,10 +28,10 @@ def late_bar(*args: Any, **kwargs: Any) -> tqdm:
 
 @contextmanager
 def announced(what: str) -> Iterator[None]:
-    """Print `what` if the block takes longer than PATIENCE seconds; on rank 0 alone."""
+    """Tell a terminal `what` takes longer than PATIENCE seconds; from rank 0 alone."""
     timer = threading.Timer(PATIENCE, print, [what], {"file": sys.stderr, "flush": True})
     timer.daemon = True
-    if this_launch().is_first:
+    if this_launch().is_first and sys.stderr.isatty():
         timer.start()
     try:
         yield

@@ -16,6 +16,7 @@ def test_who_sends_nothing_is_told_what_is_waited_for(monkeypatch, capsys):
             time.sleep(0.2)
             return super().__next__()
 
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(progress, "PATIENCE", 0.01)
     monkeypatch.setattr(sys, "stdin", Slow("A <mask>.\n"))
     assert infer.read_texts() == ["A <mask>."]
@@ -38,7 +39,8 @@ def test_a_bar_that_is_soon_done_is_not_shown(monkeypatch, capsys):
 def test_heavy_imports_are_announced_and_not_collected():
     """In a process of its own: here they are done."""
     code = (
-        "import gc\n"
+        "import gc, sys\n"
+        "sys.stderr.isatty = lambda: True\n"
         "from mlm_scratch.util import progress\n"
         "progress.PATIENCE = 0.01\n"
         "done = []\n"
