@@ -352,7 +352,7 @@ class EvaluationSettings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "" in sum(self.files_by_name.values(), ()):
-            raise UserError("--eval-file: there is no path after the = of a name")
+            raise UserError("--eval-file: a path is empty, that of a text or after its name=")
         if "" in [*self.files_by_name][1:]:
             raise UserError(
                 "--eval-file: a file without a name comes first, or all texts have names, as in "
