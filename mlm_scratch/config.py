@@ -393,6 +393,11 @@ class MachineSettings(Section):
         "loss)",
     )
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")
+    no_graph: bool = _option(
+        False,
+        "launch the kernels of a step one by one, where a single CUDA GPU would replay it as a "
+        "CUDA graph (slower if a step has few rows, same loss)",
+    )
     gradient_checkpointing: bool = _option(
         False,
         "keep less for the backward pass and compute it again there: less memory, slower steps, "

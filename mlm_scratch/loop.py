@@ -25,60 +25,24 @@ from .loader import Batch, Step
 from .optim import next_rate
 
 
-def train_step(
+def compute_step(
     model: nn.Module,
     optimizer: Optimizer,
-    scheduler: LambdaLR,
-    scaler: torch.amp.GradScaler,
-    step: Step,
-    *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    max_grad_norm: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of one optimizer step, and update the weights once.
-
-    Its two halves follow below; only what the CPU decides about the step stands here.
-
-    Args:
-        model: a MaskedLM; or one wrapped in DistributedDataParallel (DDP), whose backward sums the
-            gradients over all processes.
-        optimizer: updates the weights of the model.
-        scheduler: sets the optimizer's learning rate.
-        scaler: scales the loss of fp16; disabled for other precisions.
-        step: the batches of this process, and the number of masked tokens of all processes.
-        autocast: returns the context of a forward pass.
-        max_grad_norm: the gradients are clipped to this norm.
-
-    Returns:
-        (loss, grad_norm), () each, on the device: reading them makes the CPU wait. The loss, in
-        nats per masked token, counts this process's rows only: those of all processes add up. The
-        norm is measured before clipping.
-    """
-    one = torch.ones((), device=step.batches[0].labels.device)  # ()
-    scale_before = scaler.scale(one)  # () on the device: get_scale() would make the CPU wait
-    loss = compute_gradients(model, scaler, step.batches, one * max(step.n_masked, 1), autocast)
-    if step.n_masked == 0:  # gradients are 0, but AdamW would still apply momentum and decay
-        optimizer.zero_grad()
-        return loss, torch.zeros_like(loss)
-    grad_norm = update_weights(model, optimizer, scaler, max_grad_norm)  # ()
-    # A step that the scaler skipped does not count for the schedule. In fp16 the CPU waits here.
-    if not scaler.is_enabled() or scaler.scale(one) >= scale_before:
-        scheduler.step()
-    return loss, grad_norm
-
-
-# ---- On the device: nothing that changes from step to step is a Python number here ---------------
-
-
-def compute_gradients(
-    model: nn.Module,
     scaler: torch.amp.GradScaler,
     batches: list[Batch],
     n_masked: Tensor,
     autocast: Callable[[], AbstractContextManager],
-) -> Tensor:
-    """Add up the gradients of all batches, and return their loss, ()."""
-    loss = torch.zeros((), device=batches[0].labels.device)  # ()
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of all batches, and update the weights once.
+
+    All that is done on the device. Nothing that changes from step to step is a Python number here,
+    so that speed/graph.py can record it and replay it with other data.
+
+    Arguments and results are those of `train_step`. The masked tokens of the step, n_masked, are a
+    tensor, ().
+    """
+    loss = torch.zeros_like(n_masked)  # ()
     for batch in batches:
         # An attribute for DDP: all-reduce the gradients once per step, in the last backward.
         model.require_backward_grad_sync = batch is batches[-1]  # type: ignore[assignment]
@@ -89,19 +53,55 @@ def compute_gradients(
         batch_loss = loss_sum / n_masked  # ()
         scaler.scale(batch_loss).backward()  # scaled: small gradients would underflow in fp16
         loss += batch_loss.detach()
-    return loss
-
-
-def update_weights(
-    model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, max_grad_norm: float
-) -> Tensor:
-    """Update the weights once, and return the norm that their gradients had, ()."""
     scaler.unscale_(optimizer)  # undo the scaling before measuring the norm
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)  # ()
     scaler.step(optimizer)  # skipped if any gradient is inf or NaN
     scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 good ones
     optimizer.zero_grad()
-    return grad_norm
+    return loss, grad_norm
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
+    scaler: torch.amp.GradScaler,
+    step: Step,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_grad_norm: float = 1.0,
+    compute: Callable[..., tuple[Tensor, Tensor]] = compute_step,
+) -> tuple[Tensor, Tensor]:
+    """Take one optimizer step, and move the schedule on: what the CPU decides about a step.
+
+    Args:
+        model: a MaskedLM; or one wrapped in DistributedDataParallel (DDP), whose backward sums the
+            gradients over all processes.
+        optimizer: updates the weights of the model.
+        scheduler: sets the optimizer's learning rate.
+        scaler: scales the loss of fp16; disabled for other precisions.
+        step: the batches of this process, and the number of masked tokens of all processes.
+        autocast: returns the context of a forward pass.
+        max_grad_norm: the gradients are clipped to this norm.
+        compute: does what `compute_step` does; speed/graph.py has another way.
+
+    Returns:
+        (loss, grad_norm), () each, on the device: reading them makes the CPU wait. The loss, in
+        nats per masked token, counts this process's rows only: those of all processes add up. The
+        norm is measured before clipping.
+    """
+    one = torch.ones((), device=step.batches[0].labels.device)  # ()
+    if step.n_masked == 0:  # gradients would be 0, but AdamW would still apply momentum and decay
+        return torch.zeros_like(one), torch.zeros_like(one)
+    scale_before = scaler.scale(one)  # () on the device: get_scale() would make the CPU wait
+    n_masked = one * step.n_masked  # ()
+    loss, grad_norm = compute(
+        model, optimizer, scaler, step.batches, n_masked, autocast, max_grad_norm
+    )
+    # A step that the scaler skipped does not count for the schedule. In fp16 the CPU waits here.
+    if not scaler.is_enabled() or scaler.scale(one) >= scale_before:
+        scheduler.step()
+    return loss, grad_norm
 
 
 # ---- The loop ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from mlm_scratch.config import changed, resolve
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.loader import Batch, Collator, Loader, TokenRows, epoch_order
-from mlm_scratch.loop import train_step
+from mlm_scratch.loop import run_steps
 from mlm_scratch.masking import IGNORE, corrupt, mask_tokens
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import parameter_groups
@@ -128,7 +128,7 @@ def test_generate_at_which_rates_a_model_trained_at_all_of_them_predicts_better(
         config = resolve("bundled", settings | {"output_dir": str(tmp_path / name[:2])})
         t = prepare(config)
         for step in t.loader.steps(0, 150):
-            train_step(step=step, **t.step_arguments())
+            next(run_steps([step], **t.step_arguments()))
         losses[name] = [
             evaluate(
                 t.model,

@@ -15,7 +15,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import infer
-from mlm_scratch import loop
+from mlm_scratch import loop, speed
 from mlm_scratch.config import TUTORIAL, changed
 from mlm_scratch.explain.trace import trace
 from mlm_scratch.hf.load import load_model, load_tokenizer
@@ -43,13 +42,12 @@ from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
-from mlm_scratch.run.state import Training
 from mlm_scratch.run.steps import run_steps
 from mlm_scratch.speed import checks
+from mlm_scratch.speed.graph import WARM_UP
 from mlm_scratch.util.runs import MODEL, checkpoints
 from tests.support.fake_gpu import FakeGpu, Record, environment, fake_gpu, why_not
 from tests.support.processes import TIMEOUT, forget_after
-from tests.support.recorded import Recorded
 from tests.support.same import WEIGHTS
 from tests.support.tiny import NO_DROPOUT, save_files, small_config
 
@@ -124,13 +122,17 @@ FAULTS: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {
 }
 MIXED = "labels left on the CPU"  # raises
 
-# ---- A step as it would be in a CUDA graph: precision and the scale of the loss; with a fault.
+# ---- Runs whose steps are replayed as a CUDA graph: settings, and the scale of the loss in fp16.
+# What must not be a Python number.
 
-GRAPHS = {
-    "fp32": ("fp32", 1.0),
-    "bf16": ("bf16", 1.0),
-    "fp16": ("fp16", 2.0**10),
-    "fp16, skipped steps": ("fp16", 2.0**24),
+GRAPHS: dict[str, tuple[dict[str, Any], float]] = {
+    "fp32": ({"precision": "fp32"}, 1.0),
+    "bf16": ({"precision": "bf16"}, 1.0),
+    "fp16": ({"precision": "fp16"}, 2.0**10),
+    "fp16, skipped steps": ({"precision": "fp16"}, 2.0**24),
+    "two batches": ({"precision": "fp32", "accumulate": 2}, 1.0),
+    "nothing masked": ({"precision": "fp32", "batch_size": 1, "mlm_probability": 0.02}, 1.0),
+    "dense head": ({"precision": "fp32", "dense_head": True}, 1.0),
 }
 BAKED_IN = ("the count of masked tokens", "the rate")
 
@@ -262,7 +264,7 @@ def found(files, tmp_path_factory):
         timeout=TIMEOUT,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads((directory / "found.json").read_text())
+    return json.loads((directory / "found.json").read_text()) | {"stderr": run.stderr}
 
 
 def result_of(found: dict[str, Any], name: str) -> Any:
@@ -338,23 +340,32 @@ def test_a_run_on_a_gpu_leaves_what_one_on_a_cpu_leaves(found, precision):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_a_step_can_be_recorded_and_replayed(found, name):
-    """As by a CUDA graph: no number that changes from step to step is one of Python's.
-
-    The rate falls, each step has other data and another number of masked tokens, and in the last
-    case the scaler skips the first steps.
-    """
+def test_replayed_steps_are_the_same_steps(found, name):
+    """The rate falls, each step has its own data, dropout and number of masked tokens, the last one
+    fewer rows."""
     result = result_of(found, f"graph {name}")
-    assert len(set(result["masked"])) > 1 and len(result["plain"]) == len(result["masked"])
-    assert result["replayed"] == result["plain"]
+    plain, replayed = result["plain"], result["replayed"]
+    masked = [n_masked for n_masked, *_ in plain["steps"]]
+    assert len(set(masked)) > 1 and (0 in masked) == (name == "nothing masked")
+    assert replayed["steps"] == plain["steps"]
     assert result["difference"] == 0
-    assert result["skipped"] == (7 if name == "fp16, skipped steps" else 0)
+    assert plain["skipped"] == replayed["skipped"]
+    assert plain["skipped"] == {"fp16, skipped steps": 7}.get(name, masked.count(0))
+    last = name == "dense head"  # with it, a short step stays short
+    assert replayed["computed"] == WARM_UP + 1 + last and plain["computed"] == 0
 
 
 @pytest.mark.parametrize("name", BAKED_IN)
-def test_a_number_that_a_recording_has_baked_in_shows(found, name):
+def test_a_number_that_a_graph_has_baked_in_shows(found, name):
     result = result_of(found, f"graph {name}")
-    assert result["replayed"] != result["plain"]
+    assert result["replayed"]["steps"] != result["plain"]["steps"]
+
+
+def test_a_step_that_cannot_be_captured_is_computed(found):
+    result = result_of(found, "graph a wait")
+    assert result["replayed"]["steps"] == result["plain"]["steps"]
+    assert result["replayed"]["computed"] == 12 + 1  # it is tried once
+    assert "not replayed as a CUDA graph: operation not permitted" in found["stderr"]
 
 
 def test_a_step_that_overflows_is_skipped(found):
@@ -442,8 +453,11 @@ def scenarios(files: Path) -> dict[str, Callable[[], Any]]:
             for name, (precision, _, _) in FAULTS.items()
         },
         f"fault {MIXED}": partial(with_fault, files, MIXED, "bf16"),
-        **{f"graph {name}": partial(recorded_steps, files, *GRAPHS[name]) for name in GRAPHS},
-        **{f"graph {name}": partial(recorded_steps, files, "fp32", 1.0, name) for name in BAKED_IN},
+        **{f"graph {name}": partial(replayed_steps, files, *GRAPHS[name]) for name in GRAPHS},
+        **{
+            f"graph {name}": partial(replayed_steps, files, *GRAPHS["fp32"], name)
+            for name in (*BAKED_IN, "a wait")
+        },
         **{f"run {name}": partial(whole_runs, files, name) for name in ("fp32", "bf16", "fp16")},
         "overflow": partial(whole_runs, files, "fp16", init_scale=2.0**40),
         "resume cpu cuda": partial(resumed_run, files, "cpu", "cuda"),
@@ -586,79 +600,51 @@ def planted(name: str) -> Iterator[None]:
         yield
 
 
-# ---- A step recorded and replayed
+# ---- Steps replayed as a graph
 
 
-def recorded_steps(files: Path, precision: str, scale: float, baked_in: str = "") -> Any:
-    """Take 12 steps as they are; and again, the later ones as replays of the third."""
+def replayed_steps(files: Path, settings: dict[str, Any], scale: float, fault: str = "") -> Any:
+    """Take the 12 steps of an epoch, whose last is short, without a graph and with one."""
+    plain, replayed = (graph_run(files, settings, scale, fault, no) for no in (True, False))
+    one, other = (run.pop("weights") for run in (plain, replayed))
+    difference = max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+    return {"plain": plain, "replayed": replayed, "difference": difference}
 
-    def prepared() -> Training:
-        settings = {"device": "cuda", "precision": precision, "max_steps": 12}
+
+def graph_run(
+    files: Path, settings: dict[str, Any], scale: float, fault: str, no_graph: bool
+) -> dict[str, Any]:
+    """Return (masked tokens, loss, norm) of each step, and what else can be compared."""
+    computed = []
+
+    def compute(*arguments: Any) -> tuple[Tensor, Tensor]:
+        computed.append(1)
+        _, optimizer, _, _, n_masked, *_ = arguments
+        # `numbers` is read behind the stand-in's back: a Python number, without waiting for it.
+        if fault == "the count of masked tokens":
+            n_masked.fill_(n_masked.numbers.item())
+        elif fault == "the rate":
+            for group in optimizer.param_groups:
+                group["lr"].fill_(group["lr"].numbers.item())
+        elif fault == "a wait":
+            n_masked.item()
+        return loop.compute_step(*arguments)
+
+    settings = {"device": "cuda", "max_steps": 12, "no_graph": no_graph, **settings}
+    with fake_gpu(), patch.object(speed.graph, "compute_step", compute):
         t = prepare(small_config(files, **settings))
-        t.loader.arrange = replace(t.loader.arrange, mask_rate=0.15)  # as many positions each time
-        t.scaler = torch.amp.GradScaler("cuda", init_scale=scale, enabled=precision == "fp16")
-        return t
-
-    with fake_gpu():
-        t = prepared()
-        steps = list(t.loader.steps(0, 12))[:11]  # the last one is short
-        plain = [[done.loss.item(), done.grad_norm.item()] for done in t_steps(t, steps)]
-        again, static, replayed = prepared(), Static(steps[0]), []
-        for number, step in enumerate(steps):
-            static.fill(step)
-            scale = again.scaler.get_scale()
-            if number > 2:
-                static.replay()
-            else:
-                static.compute(again, record=number == 2, baked_in=baked_in)
-            replayed.append([result.item() for result in static.results])
-            if again.scaler.get_scale() >= scale:
-                again.scheduler.step()
-        one, other = (list(run.hf_model.parameters()) for run in (t, again))
+        for module in t.hf_model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+        if t.scaler.is_enabled():
+            t.scaler = torch.amp.GradScaler("cuda", init_scale=scale)
+        steps = loop.run_steps(t.loader.steps(0, 12), **t.step_arguments())
         return {
-            "plain": plain,
-            "replayed": replayed,
-            "masked": [step.n_masked for step in steps],
-            "difference": max((a - b).abs().max().item() for a, b in zip(one, other, strict=True)),
-            "skipped": len(steps) - t.scheduler.last_epoch,
+            "steps": [[d.step.n_masked, d.loss.item(), d.grad_norm.item()] for d in steps],
+            "computed": len(computed),
+            "skipped": 12 - t.scheduler.last_epoch,
+            "weights": [p.detach().cpu() for p in t.hf_model.parameters()],
         }
-
-
-def t_steps(t: Training, steps: list[Step]) -> Iterator[loop.Done]:
-    return loop.run_steps(steps, **t.step_arguments())
-
-
-class Static:
-    """The tensors that a graph of a step reads, and what it computes."""
-
-    def __init__(self, step: Step):
-        (batch,) = step.batches
-        self.batch = Batch._make(x if x is None else x.clone() for x in batch)
-        self.n_masked = torch.zeros((), device="cuda")
-        self.recorded = Recorded()
-        self.results: list[Tensor] = []  # loss and norm
-
-    def fill(self, step: Step) -> None:
-        for held, new in zip(self.batch, step.batches[0], strict=True):
-            if held is not None:
-                held.copy_(new)
-        self.n_masked.fill_(step.n_masked)
-
-    def compute(self, t: Training, record: bool, baked_in: str) -> None:
-        """Compute the device part of a step with the functions of the loop."""
-        n_masked: Any = self.n_masked
-        if baked_in == "the count of masked tokens":
-            n_masked = n_masked.item()
-        if baked_in == "the rate":
-            for group in t.optimizer.param_groups:
-                group["lr"] = float(group["lr"])
-        with self.recorded if record else nullcontext():
-            autocast = t.precision.autocast
-            loss = loop.compute_gradients(t.model, t.scaler, [self.batch], n_masked, autocast)
-            self.results = [loss, loop.update_weights(t.model, t.optimizer, t.scaler, 1.0)]
-
-    def replay(self) -> None:
-        self.recorded.replay()
 
 
 # ---- Runs and predictions on both devices

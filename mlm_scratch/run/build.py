@@ -41,7 +41,7 @@ from mlm_scratch.run.state import Training, rate_schedule
 from mlm_scratch.speed.allocator import keep_freed_memory
 from mlm_scratch.speed.bf16_on_cpu import precision_on_cpu
 from mlm_scratch.speed.checks import earliest_gather, first_position_if_packed, ready_mask_works
-from mlm_scratch.speed.compiling import compile_options
+from mlm_scratch.speed.graph import StepGraph, steps_are_alike
 from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
@@ -85,7 +85,8 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     on_gpu = precision.device.type == "cuda"
     vocabulary = pad_vocabulary(model) if on_gpu else PaddedVocabulary(hf_model.config.vocab_size)
     model.to(precision.device)
-    layout, eval_layout = layouts(config, model, on_gpu)
+    alike = steps_are_alike(config, precision, ranks)
+    layout, eval_layout = layouts(config, model, on_gpu, alike)
     loader = source.loader(
         Collator(tokenizer, **config.masking.of_collator(), seed=config.optimization.seed),
         rows_per_step=rows_per_step(config.optimization, ranks),
@@ -135,7 +136,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         t.load_state_dict(load_state(checkpoint))
     source.start()  # may fork workers: unsafe once NCCL is there, which begins with DDP
     if config.machine.compile:
-        model.compile(**compile_options(config, precision, ranks))
+        # Blocks have one shape, or two, each with code of its own; else sizes are symbols.
+        model.compile(dynamic=config.text.grouping == "lines")
+    if alike and not config.machine.no_graph:
+        t.compute = StepGraph()
     t.ddp_model = ranks.wrap(model, precision.device)
     return t
 
@@ -269,14 +273,18 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
     return model
 
 
-def layouts(config: TrainConfig, model: FastMaskedLM, on_gpu: bool) -> tuple[Layout, Layout]:
-    """Return the layout of the batches to train on, and of those to evaluate on."""
-    layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
-    if not config.machine.compile:
-        return layout, layout
-    rates = max(config.masking.rates), config.evaluation.eval_mlm_probability
-    of_training, of_evaluation = (replace(layout, mask_rate=rate) for rate in rates)
-    return of_training, of_evaluation
+def layouts(
+    config: TrainConfig, model: FastMaskedLM, on_gpu: bool, alike: bool
+) -> tuple[Layout, Layout]:
+    """Return the layout of the batches to train on, one shape if `alike`, and to evaluate on."""
+    of_training = layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
+    if config.machine.compile or alike:
+        of_training = replace(layout, mask_rate=max(config.masking.rates))
+    if config.machine.compile:
+        layout = replace(layout, mask_rate=config.evaluation.eval_mlm_probability)
+    if alike and not model.dense_head:  # with it, a short batch draws the dropout that Trainer does
+        of_training = replace(of_training, rows=config.optimization.batch_size)
+    return of_training, layout
 
 
 def what_was_found(model: FastMaskedLM, config: TrainConfig, resumed: bool) -> str:

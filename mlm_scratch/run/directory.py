@@ -40,6 +40,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "precision",
     "compile",
+    "no_graph",
     "gradient_checkpointing",
     "no_packing",
     "output_dir",

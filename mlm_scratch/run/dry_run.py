@@ -33,12 +33,12 @@ from mlm_scratch.run.checkpoint import size_of
 from mlm_scratch.run.directory import check_output_dir
 from mlm_scratch.run.session import smaller_batches
 from mlm_scratch.run.state import Training
+from mlm_scratch.speed import graph
 from mlm_scratch.util.errors import UserError, out_of_memory_means
 from mlm_scratch.util.runs import RUNS
 
 SAMPLE = 2_000  # documents whose lengths are looked at
-WARM_UP, TIMED = 1, 3  # steps; compiled, a CUDA graph is recorded in the third
-WARM_UP_COMPILED = 3
+WARM_UP, TIMED = 1, 3  # steps
 EVALUATED = 4  # batches
 
 
@@ -179,7 +179,9 @@ def _gigabytes(size: int) -> str:
 
 def step_lines(t: Training) -> Iterator[str]:
     """Take three steps after a warm-up, and an evaluation of some batches; yield what they took."""
-    warm_up = WARM_UP_COMPILED if t.config.machine.compile else WARM_UP
+    # On a GPU some steps come before a graph is captured; with --compile, a second may compile.
+    warms_up_long = t.config.machine.compile or t.precision.device.type == "cuda"
+    warm_up = graph.WARM_UP + 1 if warms_up_long else WARM_UP
     n_steps, seconds, losses = min(warm_up + TIMED, t.total_steps), [], []
     tokens, positions = 0, 0
     evaluation = _seconds_of_evaluation(t)

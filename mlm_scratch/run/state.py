@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from mlm_scratch.data.rows import PreparedRows, Source
 from mlm_scratch.evaluate import evaluate
 from mlm_scratch.hf.checks import weights_are_finite
 from mlm_scratch.loader import Loader, TokenRows
+from mlm_scratch.loop import compute_step, train_step
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.optim import build_schedule, share_of_peak
 from mlm_scratch.parallel.ranks import Ranks
@@ -62,12 +64,13 @@ class Training:
     labels: dict[str, str]  # what is read for training and evaluation, with its version
     watched: list[Watched]
     answers: dict[str, list[Watched]]  # what the final model is asked, by group
+    compute: Callable[..., tuple[Tensor, Tensor]] = compute_step
     run_dir: Path = Path()
     steps_done: int = 0
     evaluations: dict[int, float] = field(default_factory=dict)  # losses, by the steps done
 
     def step_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `train_step` other than the step."""
+        """Return the arguments of `run_steps` other than the steps."""
         return {
             "model": self.ddp_model,
             "optimizer": self.optimizer,
@@ -75,6 +78,7 @@ class Training:
             "scaler": self.scaler,
             "autocast": self.precision.autocast,
             "max_grad_norm": self.config.optimization.max_grad_norm,
+            "train_step": partial(train_step, compute=self.compute),
         }
 
     def due(self, every: int, step: int | None = None) -> bool:

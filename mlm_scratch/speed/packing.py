@@ -34,19 +34,26 @@ class Layout:
         packed: lay them side by side. The attention mask of the result has the number of the text
             in its row, 1, 2, ..., at each token.
         aligned: widen them to a multiple of 8, which a GPU's attention kernels need.
-        mask_rate: if not 0, find the same number of positions in every batch, for torch.compile;
-            the share of the tokens that are masked.
+        mask_rate: if not 0, find the same number of positions in every batch, for torch.compile
+            and CUDA graphs; the share of the tokens that are masked.
+        rows: give every batch at least this many, for a CUDA graph. Those added have no labels.
     """
 
     limit: int
     packed: bool = False
     aligned: bool = False
     mask_rate: float = 0.0
+    rows: int = 0
 
     def __call__(self, batch: Batch) -> Batch:
-        """Arrange the rows of a batch; without padding they stay as they are."""
+        """Arrange the rows of a batch."""
         if batch.attention_mask is not None:
             batch = self._arranged(batch.input_ids, batch.attention_mask, batch.labels)
+        elif (missing := self.rows - len(batch.labels)) > 0:
+            batch = batch._replace(
+                input_ids=pad(batch.input_ids, (0, 0, 0, missing), value=PAD),
+                labels=pad(batch.labels, (0, 0, 0, missing), value=IGNORE),
+            )
         if self.mask_rate:
             is_masked = batch.labels.flatten() != IGNORE  # (B * T,)
             batch = batch._replace(positions=pad_positions(is_masked, self.mask_rate))

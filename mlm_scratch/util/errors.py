@@ -50,7 +50,7 @@ def is_own_fault(error: BaseException) -> bool:
     return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
 
 
-def first_line(error: Exception | Warning | str) -> str:
+def first_line(error: BaseException | str) -> str:
     """Return the first line of a message, all of it if a list follows, or else the error's type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(map(str.strip, lines)) if lines[0].rstrip().endswith(":") else lines[0]

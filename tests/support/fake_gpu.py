@@ -20,10 +20,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -35,6 +35,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _foreach_supported_types as CLIPPED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.support.recorded import Recorded
 
 SHIM, LIBRARY = Path(__file__).with_suffix(".cpp"), "libfakegpu.so"
 ROOT = Path(__file__).parents[2]
@@ -173,6 +175,7 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self, answer: bool | None = None):
         super().__init__()
         self.answer, self.record = answer, Record()
+        self.is_capturing = False
         self.pinned: dict[int, StorageWeakRef] = {}  # by the address of the memory
 
     def begin(self) -> Record:
@@ -182,11 +185,29 @@ class FakeGpu(TorchDispatchMode):
 
     def wait(self, kind: str) -> None:
         """Note that the CPU waits for the GPU."""
+        self.check_not_capturing()
         self.record.waits.append((kind, place()))
+
+    @contextlib.contextmanager
+    def capture(self, graph: Recorded, capture_error_mode: str = "global") -> Iterator[None]:
+        """Capture a CUDA graph, as torch.cuda.graph does."""
+        self.is_capturing = True
+        try:
+            with graph:
+                yield
+        finally:
+            self.is_capturing = False
+
+    def check_not_capturing(self) -> None:
+        """Raise RuntimeError if what the CPU would wait for is only being captured."""
+        if self.is_capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     def copy(self, source: Tensor, non_blocking: bool) -> None:
         """Note a copy to the GPU. It is asynchronous only if the GPU can read the memory alone."""
         kind = "asynchronous" if non_blocking and self.is_pinned(source) else "blocking"
+        if kind == "blocking":
+            self.check_not_capturing()
         self.record.copies.append((kind, place()))
 
     def is_pinned(self, tensor: Tensor) -> bool:
@@ -392,7 +413,9 @@ def fake_gpu(answer: bool | None = None) -> Iterator[FakeGpu]:
     def set_rng_state(state: Tensor, device: Any = "cuda") -> None:
         assert state.shape == (16,) and state.dtype == torch.uint8 and state.device == CPU
 
-    replaced: list[tuple[Any, str, Callable]] = [
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "default_generators", [generator]),
         # A build without CUDA has none of these, or they say that there is no GPU.
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: 1),
@@ -405,7 +428,11 @@ def fake_gpu(answer: bool | None = None) -> Iterator[FakeGpu]:
         (torch.cuda, "set_rng_state", set_rng_state),
         # torch calls it before it makes a tensor on a GPU; here it raises.
         (torch.cuda, "_lazy_init", lambda: None),
-        # It asks the current stream whether a CUDA graph is being captured; there is none.
+        (torch.cuda, "CUDAGraph", Recorded),
+        (torch.cuda, "graph", gpu.capture),
+        (torch.cuda, "current_stream", lambda: None),
+        (torch.cuda, "set_stream", lambda stream: None),
+        # It asks the current stream whether a CUDA graph is being captured; there is no stream.
         (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None),
     ]
     swap = torch.__future__.get_swap_module_params_on_conversion()

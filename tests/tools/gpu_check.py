@@ -36,14 +36,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -64,8 +64,7 @@ from mlm_scratch import model
 from mlm_scratch.config import TrainConfig
 from mlm_scratch.data import corpus
 from mlm_scratch.hf.small_modernbert import train_tokenizer
-from mlm_scratch.loader import Step
-from mlm_scratch.loop import run_steps, train_step
+from mlm_scratch.loop import Done, compute_step, run_steps
 from mlm_scratch.model import MaskedLM
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.precision import DTYPES, Precision
@@ -118,9 +117,9 @@ class Scale:
     model: RobertaConfig = field(default_factory=lambda: roberta_config(50265, 768, 6, 12, 512))
     block: int = 128  # tokens per row
     text: int = 8192  # rows of random ids
-    # rows -> (steps of warm-up, steps timed); compiled, a CUDA graph is recorded in the third
+    # rows -> (steps of warm-up, steps timed); a CUDA graph is captured in the fourth
     steps: dict[int, tuple[int, int]] = field(
-        default_factory=lambda: {8: (10, 60), 64: (8, 40), 256: (5, 20), 1024: (4, 8)}
+        default_factory=lambda: {8: (10, 60), 64: (8, 40), 256: (5, 20), 1024: (5, 8)}
     )
     pairs: int = 3  # of ours and Trainer's
     # What to measure, in this order: (rows, precisions, compiled).
@@ -154,6 +153,14 @@ TINY = Scale(
     learning=(4, 20, 1e-3),
     needs=0,
 )
+
+
+class Part(NamedTuple):
+    """A part of speed/: how to do without it, and the steps in which it matters."""
+
+    without: Switch
+    settings: Mapping[str, Any] = {}
+    few_rows: bool = False
 
 
 # ---- Entries -------------------------------------------------------------------------------------
@@ -304,9 +311,8 @@ class Check:
         yield Entry("train.py, killed and resumed"), self.kill_and_resume, 3 * needs
         yield Entry("train.py, out of memory"), self.run_out_of_memory, 2 * needs
         yield Entry("all-reduce with one rank"), self.all_reduce, needs
-        for name, (without, settings) in PARTS.items():
-            work = partial(self.switch_off, without, settings)
-            yield Entry(f"without {name}"), work, 2 * needs
+        for name, part in PARTS.items():
+            yield Entry(f"without {name}"), partial(self.switch_off, part), 2 * needs
         yield Entry("without background writer"), self.write_in_the_foreground, 3 * needs
         yield Entry("losses from random weights"), self.compare_losses, 2 * needs
         for group in others:
@@ -342,15 +348,15 @@ class Check:
         directory = self.lines if others.get("grouping") == "lines" else self.random_ids
         with fresh(precision):
             t = prepare(self.config(directory, rows, precision, compile=compiled, **others))
-            return self.time_steps(t, t.loader.steps(0, sum(self.scale.steps[rows])), rows)
+            steps = t.loader.steps(0, sum(self.scale.steps[rows]))
+            return self.time_steps(t, run_steps(steps, **t.step_arguments()), rows)
 
-    def time_steps(self, t: Training, steps: Iterator[Step], rows: int) -> Timed:
+    def time_steps(self, t: Training, steps: Iterable[Done], rows: int) -> Timed:
         """Run and measure these steps."""
         watch, positions = Stopwatch(*self.scale.steps[rows]), 0
-        for step in steps:
-            train_step(step=step, **t.step_arguments())
+        for done in steps:
             watch.on_step_end()
-            positions += sum(len(batch.positions) for batch in step.batches)
+            positions += sum(len(batch.positions) for batch in done.step.batches)
         return watch.timed(
             t.model, rows * self.scale.block, self.scale.block, positions / watch.done
         )
@@ -410,11 +416,11 @@ class Check:
         count = sum(self.scale.steps[rows])
         with fresh(precision):
             t = prepare(self.config(self.random_ids, rows, precision, compile=compiled))
-            steps = t.loader.steps(0, count + 1)
+            steps = run_steps(t.loader.steps(0, count + 1), **t.step_arguments())
             seconds = self.time_steps(t, islice(steps, count), rows).seconds
             on_gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
-                train_step(step=next(steps), **t.step_arguments())
+                next(steps)
                 time_when_idle()
         entry.values = {"seconds": seconds} | kernel_figures(profiler.events() or [], seconds)
 
@@ -487,7 +493,7 @@ class Check:
         try:
             for ranks in (ALONE, Ranks(size=2)):  # who is one of two wraps the model
                 with fresh("fp32"):
-                    t = prepare(self.config(self.facts, rows, "fp32"))
+                    t = prepare(self.config(self.facts, rows, "fp32", no_graph=True))
                     t.ddp_model = ranks.wrap(t.model, t.precision.device)
                     done = run_steps(t.loader.steps(0, 5), **t.step_arguments())
                     losses.append([step.loss.item() for step in done])
@@ -500,14 +506,14 @@ class Check:
 
     # ---- Parts of speed/, on and off
 
-    def switch_off(self, without: Switch, settings: dict[str, Any], entry: Entry) -> None:
+    def switch_off(self, part: Part, entry: Entry) -> None:
         """Alternate steps without a part and with it."""
-        rows, pairs = self.scale.switched, []
+        rows, pairs = min(self.scale.steps) if part.few_rows else self.scale.switched, []
         precision = self.scale.groups[0][1][0]
         for _ in range(self.scale.pairs):
-            with_it = self.our_steps(rows, precision, **settings)
-            with without():
-                pairs.append((with_it, self.our_steps(rows, precision, **settings)))
+            with_it = self.our_steps(rows, precision, **part.settings)
+            with part.without():
+                pairs.append((with_it, self.our_steps(rows, precision, **part.settings)))
         entry.values = gain(pairs) | {
             "gigabytes": pairs[0][0].gigabytes or None,
             "gigabytes_without": pairs[0][1].gigabytes or None,
@@ -615,33 +621,30 @@ class Check:
         return save(self.directory / "facts", model, tokenizer, texts)
 
 
-# How to do without a part of speed/, and the settings of the steps in which it matters.
-PARTS: dict[str, tuple[Switch, dict[str, Any]]] = {
-    "gathering after the last attention": (
-        lambda: patch.object(build, "earliest_gather", lambda model, _: model.hf_model.base_model),
-        {},
+PARTS = {
+    "CUDA graph": Part(lambda: patch.object(build, "StepGraph", lambda: compute_step), {}, True),
+    "gathering after the last attention": Part(
+        lambda: patch.object(build, "earliest_gather", lambda model, _: model.hf_model.base_model)
     ),
-    "padded vocabulary": (
+    "padded vocabulary": Part(
         lambda: patch.object(
             build, "pad_vocabulary", lambda m: PaddedVocabulary(m.hf_model.config.vocab_size)
-        ),
-        {},
+        )
     ),
-    "chunked loss": (
-        lambda: patch.object(fast_model, "cross_entropy_sum", model.cross_entropy_sum),
-        {},
+    "chunked loss": Part(
+        lambda: patch.object(fast_model, "cross_entropy_sum", model.cross_entropy_sum)
     ),
-    "packing": (
+    "packing": Part(
         lambda: patch.object(build, "first_position_if_packed", lambda model, length: None),
         {"grouping": "lines"},
     ),
-    "aligned rows": (
+    "aligned rows": Part(
         lambda: patch.object(
-            build, "layouts", lambda config, model, _: layouts(config, model, False)
+            build, "layouts", lambda config, model, _, alike: layouts(config, model, False, alike)
         ),
         {"grouping": "lines", "no_packing": True},
     ),
-    "ready attention mask": (
+    "ready attention mask": Part(
         lambda: patch.object(build, "ready_mask_works", lambda model, length: False),
         {"grouping": "lines", "no_packing": True},
     ),

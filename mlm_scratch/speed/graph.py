@@ -1,0 +1,105 @@
+"""A whole optimizer step as one CUDA graph: captured once, then replayed with a single launch.
+
+With few rows a GPU waits for Python: in a step of 8 x 128 tokens an H200 is busy for 4 of 24 ms,
+and Python launches 600 kernels meanwhile. A graph holds them all, from the forward pass to AdamW.
+
+A replay runs no Python. It reads and writes the tensors that the captured step did, where they lie:
+weights, moments, the rate, and a batch of the graph's own, into which each batch is copied.
+So all steps must have one shape (`steps_are_alike`). Gradients live in the graph's memory only.
+Off: --no-graph.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mlm_scratch.config import TrainConfig
+from mlm_scratch.loader import Batch
+from mlm_scratch.loop import compute_step
+from mlm_scratch.parallel.ranks import Ranks
+from mlm_scratch.precision import Precision
+from mlm_scratch.util.errors import first_line
+
+WARM_UP = 3  # steps before: AdamW's moments, fp16's scale and compiled code have to be there
+
+
+def steps_are_alike(config: TrainConfig, precision: Precision, ranks: Ranks) -> bool:
+    """Whether the steps of a run have one shape, on a single CUDA GPU.
+
+    Blocks do; Layout.rows fills up a short batch. Gradient checkpointing asks for the state of
+    dropout's generator, which cannot be captured.
+    """
+    on_gpu = precision.device.type == "cuda" and ranks.size == 1
+    blocks = config.text.grouping == "blocks"
+    return on_gpu and blocks and not config.machine.gradient_checkpointing
+
+
+class StepGraph:
+    """Computes steps as `compute_step` does: the first ones by it, the later ones as replays."""
+
+    def __init__(self) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.shapes: list[torch.Size] = []  # of the last step; once there is a graph, of its steps
+        self.alike = 0  # steps in a row that had these shapes
+        self.inputs: list[Tensor] = []  # that the graph reads: its batches, and n_masked
+        self.results: tuple[Tensor, Tensor]  # that it writes: loss and norm
+
+    def __call__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        batches: list[Batch],
+        n_masked: Tensor,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute a step: the arguments and results are those of `compute_step`."""
+        inputs = tensors_of(batches, n_masked)
+        shapes = [x.shape for x in inputs]
+        if self.graph is None:
+            self.alike = self.alike + 1 if shapes == self.shapes else 1
+            self.shapes = shapes
+            if self.alike == WARM_UP + 1:
+                self._capture(model, optimizer, scaler, batches, n_masked, *options)
+        if self.graph is None or shapes != self.shapes:
+            return compute_step(model, optimizer, scaler, batches, n_masked, *options)
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        loss, grad_norm = self.results
+        return loss.clone(), grad_norm.clone()  # the next replay writes into the same memory
+
+    def _capture(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        batches: list[Batch],
+        n_masked: Tensor,
+        *options: Any,
+    ) -> None:
+        """Capture a step, without computing it; print a line where that is not possible."""
+        held = [Batch._make(x if x is None else x.clone() for x in batch) for batch in batches]
+        n_held, graph = n_masked.clone(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        dropout = torch.cuda.default_generators[n_masked.device.index]
+        dropout_before = dropout.clone_state()
+        try:
+            # Other threads may go on using the GPU: a checkpoint is written in the background.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.results = compute_step(model, optimizer, scaler, held, n_held, *options)
+        except RuntimeError as error:  # the model makes the CPU wait, for example
+            torch.cuda.set_stream(stream)
+            dropout.graphsafe_set_state(dropout_before)  # else it still thinks that it is captured
+            optimizer.zero_grad()
+            reason = first_line(error.__context__ or error)  # the first error makes others
+            print(f"warning: steps are not replayed as a CUDA graph: {reason}", file=sys.stderr)
+        else:
+            self.graph, self.inputs = graph, tensors_of(held, n_held)
+
+
+def tensors_of(batches: list[Batch], n_masked: Tensor) -> list[Tensor]:
+    """List all tensors that are new in a step, the learning rate aside."""
+    return [x for batch in batches for x in batch if x is not None] + [n_masked]
