@@ -1,7 +1,7 @@
 """A whole optimizer step as one CUDA graph: captured once, then replayed with a single launch.
 
-With few rows a GPU waits for Python: in a step of 8 x 128 tokens an H200 is busy for 4 of 24 ms,
-and Python launches 600 kernels meanwhile. A graph holds them all, from the forward pass to AdamW.
+With few rows a GPU waits for Python: an H200 is busy for 4 ms of a step of 8 x 128 tokens, and
+Python needs 25 to launch its 600 kernels. A graph holds them all, from the forward pass to AdamW.
 
 A replay runs no Python. It reads and writes the tensors that the captured step did, where they lie:
 weights, moments, the rate, and a batch of the graph's own, into which each batch is copied.

@@ -1,7 +1,8 @@
 """Shapes that suit a compiled model and a GPU's kernels.
 
-A fixed number of positions keeps --compile at one graph per shape of input_ids. The mask is for
-model.py, and the width, a multiple of 8, for attention on a GPU; its gain is not measured.
+With a fixed number of positions, --compile and graph.py need one graph per shape of input_ids. The
+mask is for model.py, and the width, a multiple of 8, for attention on a GPU; its gain is not
+measured.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import Tensor
 def pad_positions(is_masked: Tensor, mlm_probability: float) -> Tensor:
     """Index the masked tokens, and as many others as make their number the same every time.
 
-    torch.compile makes a new graph for each new shape.
+    torch.compile makes a new graph for each new shape; a CUDA graph has only one.
 
     Args:
         is_masked: (B * T,) bool.
