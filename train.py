@@ -27,7 +27,7 @@ from mlm_scratch.hf.hub import can_load_tutorial, go_offline_without_hub
 from mlm_scratch.run.directory import resumed_config
 from mlm_scratch.speed.allocator import restart_without_thread_cache
 from mlm_scratch.util.errors import OneLineParser, UserError, run_command
-from mlm_scratch.util.launch import this_launch
+from mlm_scratch.util.launch import exit_process, this_launch
 from mlm_scratch.util.progress import heavy_imports
 from mlm_scratch.util.runs import MODEL, RUN_JSON
 
@@ -177,4 +177,4 @@ def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:
 
 if __name__ == "__main__":
     restart_without_thread_cache()
-    sys.exit(run_command(main))
+    exit_process(run_command(main))

@@ -47,7 +47,7 @@ from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.files import checksum
-from mlm_scratch.util.progress import announced
+from mlm_scratch.util.progress import announced, old_objects_apart
 
 TEXTS_OF_TOKENIZER = 50_000  # of a stream, to train the bundled model's tokenizer on
 
@@ -60,7 +60,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     """
     machine, evaluation = config.machine, config.evaluation
     precision = choose_precision(machine.device, machine.precision)
-    with ranks.rank0_first():
+    with ranks.rank0_first(), old_objects_apart():
         loaded = load(config, checkpoint, ranks)
     tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
     if loaded.eval_rows is None and (evaluation.best or evaluation.patience):

@@ -5,7 +5,7 @@ keeps a second one, their log-softmax, for the backward pass. With 256 rows of 1
 V = 50,265 each takes a gigabyte.
 
 1,600 positions of that V in bf16, on a CPU: 0.60 s instead of 0.91 s, forward and backward. A GPU
-is slower in chunks, since they compute most of it twice: with 256 rows a step on an H200 takes 1.07 x
+is slower in chunks, since they compute most of it twice: a step of 256 rows on an H200 takes 1.07 x
 as long, and its peak is 9.5 GB instead of 10.9. Off: model.cross_entropy_sum.
 """
 

@@ -3,8 +3,11 @@
 Does not import torch, so that `--help` and every error before training appear immediately.
 """
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 from mlm_scratch.util.errors import UserError
 
@@ -64,3 +67,16 @@ def this_launch() -> Launch:
             f"WORLD_SIZE is {launch.size}"
         )
     return launch
+
+
+def exit_process(code: int) -> NoReturn:
+    """Exit; as one of several ranks without taking the interpreter apart.
+
+    Meanwhile a thread of gloo may ask for the interpreter's lock. Python 3.11 ends such a thread,
+    and that aborts the process: "terminate called without an active exception".
+    """
+    if "WORLD_SIZE" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
