@@ -89,6 +89,7 @@ except ModuleNotFoundError:
 """
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_six_files_trains_with_another_masking_and_fills(files, tmp_path):
     (tmp_path / "course").mkdir()
     (tmp_path / "course/__init__.py").touch()

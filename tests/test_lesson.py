@@ -52,7 +52,10 @@ def same_weights(weights, others):
     return all(torch.equal(weights[name], others[name]) for name in others)
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", "float32"), ("fp16", "float16")])
+@pytest.mark.parametrize(
+    "precision, dtype",
+    [("fp32", "float32"), pytest.param("fp16", "float16", marks=pytest.mark.slow)],
+)
 def test_the_loop_in_readme_is_that_of_train_py(files, precision, dtype):
     lesson = run_the_lesson(files, dtype)
     config = resolve(

@@ -133,7 +133,7 @@ COMPILED = {
 @pytest.mark.parametrize(
     "settings, graphs",
     [
-        pytest.param(*case, id=name, marks=[] if name in ("blocks", "padded") else pytest.mark.slow)
+        pytest.param(*case, id=name, marks=[] if name == "blocks" else pytest.mark.slow)
         for name, case in COMPILED.items()
     ],
 )

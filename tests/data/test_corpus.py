@@ -70,6 +70,7 @@ def test_prompts_occur_or_not_as_their_list_says(corpus):
     assert len(EMITTED) + len(NEVER_EMITTED) >= 120 and len(NEVER_EMITTED) >= 40
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_in_no_document():
     """Not a sentence of it; and the facts that report are not those that chose the recipe."""
     documents, held_out = load_documents(resolve("bundled", {}))

@@ -109,6 +109,7 @@ def test_a_resume_on_other_processes_may_split_the_rows_as_it_likes(files, monke
         resumed_config("run", {"batch_size": 3})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):
     run = Path("run")
     code, _, err = finish(forked(2, config(files, output_dir="run", batch_size=8)))
@@ -124,6 +125,7 @@ def test_a_checkpoint_resumes_on_fewer_and_on_more_processes(files, alone):
         assert_same_curve(alone, run)
 
 
+@pytest.mark.slow
 def test_a_resume_on_two_processes_has_the_dropout_of_each(tmp_path):
     """Bit for bit the run that never stopped."""
     texts = [f"{i} {text}" for i in range(9) for text in SENTENCES]

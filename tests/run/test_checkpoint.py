@@ -39,7 +39,10 @@ def config(files, **settings):
     return small_config(files, **{"output_dir": "run", **every_fifth, **settings})
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", *(pytest.param(way, marks=pytest.mark.slow) for way in ("flip", "remove"))],
+)
 def test_a_damaged_file_is_named_and_the_previous_checkpoint_used(files, capsys, damage):
     """Every file of a checkpoint in turn."""
     settings = config(files)

@@ -131,6 +131,7 @@ def test_the_timer_interrupts_what_runs_too_long():
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_what_trainer_raises_leaves_our_numbers(tmp_path, monkeypatch):
     def refuse(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")

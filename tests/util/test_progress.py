@@ -1,9 +1,12 @@
 """Whoever waits is told for what, and whoever does not wait is told nothing."""
 
+import gc
 import io
 import subprocess
 import sys
 import time
+
+import pytest
 
 import infer
 from mlm_scratch.util import progress
@@ -31,7 +34,7 @@ def test_a_bar_that_is_soon_done_is_not_shown(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for seconds, shown in ((30, False), (0.01, True)):
         monkeypatch.setattr(progress, "PATIENCE", seconds)
-        for _ in progress.late_bar(range(5), desc="reading"):
+        for _ in progress.late_bar(range(3), desc="reading"):
             time.sleep(0.15)  # longer than tqdm waits between two updates
         assert ("reading" in capsys.readouterr().err) == shown
 
@@ -56,3 +59,10 @@ def test_heavy_imports_are_announced_and_not_collected():
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stderr == "importing torch and transformers\n"
+
+
+def test_old_objects_are_apart_only_for_a_while():
+    with pytest.raises(ValueError), progress.old_objects_apart():
+        assert gc.get_freeze_count() > 0
+        raise ValueError
+    assert gc.get_freeze_count() == 0
