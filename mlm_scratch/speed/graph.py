@@ -9,9 +9,13 @@ So all steps must have one shape (`steps_are_alike`). Gradients live in the grap
 Off: --no-graph.
 """
 
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -88,7 +92,10 @@ class StepGraph:
         dropout_before = dropout.clone_state()
         try:
             # Other threads may go on using the GPU: a checkpoint is written in the background.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                nothing_drawn_on_the_cpu(),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 self.results = compute_step(model, optimizer, scaler, held, n_held, *options)
         except RuntimeError as error:  # the model makes the CPU wait, for example
             torch.cuda.set_stream(stream)
@@ -98,6 +105,25 @@ class StepGraph:
             print(f"warning: steps are not replayed as a CUDA graph: {reason}", file=sys.stderr)
         else:
             self.graph, self.inputs = graph, tensors_of(held, n_held)
+
+
+@contextmanager
+def nothing_drawn_on_the_cpu() -> Iterator[None]:
+    """Raise RuntimeError if random numbers were drawn there: each replay would use the same.
+
+    LayerDrop draws some. Afterwards the generators of Python, numpy and torch are as before.
+    """
+    python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+        changed = random.getstate() != python or str(np.random.get_state()) != str(arrays)
+        changed |= not torch.equal(torch.get_rng_state(), tensors)
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+    if changed:
+        raise RuntimeError("the model draws random numbers on the CPU")
 
 
 def tensors_of(batches: list[Batch], n_masked: Tensor) -> list[Tensor]:
