@@ -26,7 +26,7 @@ from mlm_scratch.data.tables import read_words
 from mlm_scratch.hf.checks import unused_parameters
 from mlm_scratch.hf.hub import model_commit, model_digest
 from mlm_scratch.hf.load import load_tokenizer_and_model
-from mlm_scratch.loader import Collator
+from mlm_scratch.loader import Collator, Loader
 from mlm_scratch.optim import build_optimizer, build_schedule
 from mlm_scratch.parallel.ranks import ALONE, Ranks
 from mlm_scratch.parallel.shares import rows_per_step, share_among
@@ -87,15 +87,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     model.to(precision.device)
     alike = steps_are_alike(config, precision, ranks)
     layout, eval_layout = layouts(config, model, on_gpu, alike)
-    loader = source.loader(
-        Collator(tokenizer, **config.masking.of_collator(), seed=config.optimization.seed),
-        rows_per_step=rows_per_step(config.optimization, ranks),
-        batch_size=config.optimization.batch_size,
-        seed=config.optimization.seed,
-        device=precision.device,
-        share=share_among(ranks, complete=source.complete),
-        arrange=layout,
-    )
+    loader = loader_of(config, source, tokenizer, precision.device, layout, ranks)
     optimization = config.optimization
     total_steps = optimization.max_steps or math.ceil(optimization.epochs * loader.steps_per_epoch)
     if ranks.is_first:
@@ -142,6 +134,27 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         t.compute = StepGraph()
     t.ddp_model = ranks.wrap(model, precision.device)
     return t
+
+
+def loader_of(
+    config: TrainConfig,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    layout: Layout,
+    ranks: Ranks,
+) -> Loader:
+    """Build the loader of the rows to train on."""
+    optimization = config.optimization
+    return source.loader(
+        Collator(tokenizer, **config.masking.of_collator(), seed=optimization.seed),
+        rows_per_step=rows_per_step(optimization, ranks),
+        batch_size=optimization.batch_size,
+        seed=optimization.seed,
+        device=device,
+        share=share_among(ranks, complete=source.complete),
+        arrange=layout,
+    )
 
 
 class Loaded(NamedTuple):
