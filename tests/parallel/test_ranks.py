@@ -184,6 +184,7 @@ def test_a_signal_to_one_rank_saves_once_and_stops_all(files, undisturbed):
     assert_same_curve(undisturbed, Path("run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_dies_ends_the_others(files, start, killed):

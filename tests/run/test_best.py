@@ -75,7 +75,9 @@ def test_the_pretrained_model_may_be_the_best(files, losses):
     assert_same(weights(run_dir / "model"), weights(files / "model"))
 
 
-@pytest.mark.parametrize("killed_before", [3, 5, 7, 11])
+@pytest.mark.parametrize(
+    "killed_before", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (5, 7, 11))]
+)
 def test_the_best_outlives_kills_and_damage(files, losses, monkeypatch, killed_before, capsys):
     """Resumed from the checkpoint before the newest, which is damaged, if there is one."""
     settings = EVERY_TWO | {"save_every": 3}
