@@ -564,6 +564,7 @@ def check_effect(config: TrainConfig, given: Collection[str]) -> None:
         ("eval_every", is_evaluated, f"{no_text}, or --watch"),
         ("no_eval_first", is_evaluated, f"{no_text}, or --watch"),
         ("no_packing", config.text.grouping == "lines", "blocks are full: it goes with lines"),
+        ("no_graph", config.text.grouping == "blocks", "only steps of blocks are replayed"),
         ("dataset_config", not config.text.is_local, "the text is not from a --dataset"),
     ):
         if name in given and not has_effect:

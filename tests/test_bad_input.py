@@ -203,6 +203,7 @@ FLAGS = [
     (["--eval-fraction", 0, "--eval-every", 5], "--eval-every has no effect: there is no text"),
     (["--eval-fraction", 0, "--no-eval-first"], "--no-eval-first has no effect: there is no text"),
     (["--no-packing"], "--no-packing has no effect: blocks are full: it goes with lines"),
+    (["--no-graph", "--grouping", "lines"], "only steps of blocks are replayed"),
     (["--dataset-config", "x"], "--dataset-config has no effect: the text is not from a --dataset"),
     (["--speed", 3], "unrecognized arguments: --speed 3"),
     (["--epoch", 3], "unrecognized arguments: --epoch 3"),
