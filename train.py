@@ -177,4 +177,9 @@ def choose_recipe(recipe: str, given: dict) -> tuple[str, str]:
 
 if __name__ == "__main__":
     restart_without_thread_cache()
-    exit_process(run_command(main))
+    code: int | str | None
+    try:
+        code = run_command(main)
+    except SystemExit as stopped:  # after a signal, or since rank 0 reports an error
+        code = stopped.code
+    exit_process(code)

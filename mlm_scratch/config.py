@@ -395,8 +395,8 @@ class MachineSettings(Section):
     compile: bool = _option(False, "compile the model (torch.compile): slow start, faster steps")
     no_graph: bool = _option(
         False,
-        "launch the kernels of a step one by one, where a single CUDA GPU would replay it as a "
-        "CUDA graph (slower if a step has few rows, same loss)",
+        "do not replay optimizer steps as a CUDA graph on a single GPU (slower with few rows per "
+        "step, same loss)",
     )
     gradient_checkpointing: bool = _option(
         False,

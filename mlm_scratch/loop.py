@@ -36,11 +36,9 @@ def compute_step(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of all batches, and update the weights once.
 
-    All that is done on the device. Nothing that changes from step to step is a Python number here,
-    so that speed/graph.py can record it and replay it with other data.
-
-    Arguments and results are those of `train_step`. The masked tokens of the step, n_masked, are a
-    tensor, ().
+    Everything here runs on the device. Nothing that changes from step to step is a Python number,
+    so that speed/graph.py can record it and replay it with other data. `n_masked` is a tensor, ():
+    the masked tokens of the whole step. The other arguments and the results: see `train_step`.
     """
     loss = torch.zeros_like(n_masked)  # ()
     for batch in batches:
@@ -83,7 +81,7 @@ def train_step(
         step: the batches of this process, and the number of masked tokens of all processes.
         autocast: returns the context of a forward pass.
         max_grad_norm: the gradients are clipped to this norm.
-        compute: does what `compute_step` does; speed/graph.py has another way.
+        compute: does what `compute_step` does; speed/graph.py replays it as a CUDA graph.
 
     Returns:
         (loss, grad_norm), () each, on the device: reading them makes the CPU wait. The loss, in

@@ -128,7 +128,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         t.load_state_dict(load_state(checkpoint))
     source.start()  # may fork workers: unsafe once NCCL is there, which begins with DDP
     if config.machine.compile:
-        # Blocks have one shape, or two, each with code of its own; else sizes are symbols.
+        # Blocks have one shape, or two, each compiled separately; else shapes are dynamic.
         model.compile(dynamic=config.text.grouping == "lines")
     if alike and not config.machine.no_graph:
         t.compute = StepGraph()
@@ -295,7 +295,7 @@ def layouts(
         of_training = replace(layout, mask_rate=max(config.masking.rates))
     if config.machine.compile:
         layout = replace(layout, mask_rate=config.evaluation.eval_mlm_probability)
-    if alike and not model.dense_head:  # with it, a short batch draws the dropout that Trainer does
+    if alike and not model.dense_head:  # it is for parity with Trainer, in the last step's dropout
         of_training = replace(of_training, rows=config.optimization.batch_size)
     return of_training, layout
 

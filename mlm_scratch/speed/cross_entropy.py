@@ -23,7 +23,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum the cross-entropy over the rows that have a label, in fp32.
 
     Equal bit for bit to cross_entropy(logits.float(), labels, reduction="sum") up to
-    LOGITS_AT_ONCE logits; beyond that in the gradient only, since the sum is one of sums.
+    LOGITS_AT_ONCE logits (on a GPU LOGITS_OF_A_GPU, the 256 rows above); beyond that in the
+    gradient only, since the sum is one of sums.
 
     Args:
         logits: (N, V), of any floating dtype.

@@ -1,7 +1,7 @@
 """A whole optimizer step as one CUDA graph: captured once, then replayed with a single launch.
 
 With few rows a GPU waits for Python: an H200 is busy for 4 ms of a step of 8 x 128 tokens, and
-Python needs 25 to launch its 600 kernels. A graph holds them all, from the forward pass to AdamW.
+Python needs 25 to 30 to launch its 600 kernels. A graph holds them all, up to those of AdamW.
 
 A replay runs no Python. It reads and writes the tensors that the captured step did, where they lie:
 weights, moments, the rate, and a batch of the graph's own, into which each batch is copied.
@@ -33,8 +33,8 @@ WARM_UP = 3  # steps before: AdamW's moments, fp16's scale and compiled code hav
 def steps_are_alike(config: TrainConfig, precision: Precision, ranks: Ranks) -> bool:
     """Whether the steps of a run have one shape, on a single CUDA GPU.
 
-    Blocks do; Layout.rows fills up a short batch. Gradient checkpointing asks for the state of
-    dropout's generator, which cannot be captured.
+    Blocks do; Layout.rows fills up a short batch. (A last step of fewer batches is not replayed.)
+    Gradient checkpointing reads the CUDA generator's state, which cannot be captured.
     """
     on_gpu = precision.device.type == "cuda" and ranks.size == 1
     blocks = config.text.grouping == "blocks"
@@ -46,6 +46,7 @@ class StepGraph:
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.may_capture = True  # until it was tried
         self.shapes: list[torch.Size] = []  # of the last step; once there is a graph, of its steps
         self.alike = 0  # steps in a row that had these shapes
         self.inputs: list[Tensor] = []  # that the graph reads: its batches, and n_masked
@@ -66,7 +67,8 @@ class StepGraph:
         if self.graph is None:
             self.alike = self.alike + 1 if shapes == self.shapes else 1
             self.shapes = shapes
-            if self.alike == WARM_UP + 1:
+            if self.may_capture and self.alike > WARM_UP:
+                self.may_capture = False
                 self._capture(model, optimizer, scaler, batches, n_masked, *options)
         if self.graph is None or shapes != self.shapes:
             return compute_step(model, optimizer, scaler, batches, n_masked, *options)
@@ -84,7 +86,7 @@ class StepGraph:
         n_masked: Tensor,
         *options: Any,
     ) -> None:
-        """Capture a step, without computing it; print a line where that is not possible."""
+        """Capture a step, without executing it; print a line where that is not possible."""
         held = [Batch._make(x if x is None else x.clone() for x in batch) for batch in batches]
         n_held, graph = n_masked.clone(), torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
@@ -96,22 +98,23 @@ class StepGraph:
                 nothing_drawn_on_the_cpu(),
                 torch.cuda.graph(graph, capture_error_mode="thread_local"),
             ):
-                self.results = compute_step(model, optimizer, scaler, held, n_held, *options)
-        except RuntimeError as error:  # the model makes the CPU wait, for example
+                results = compute_step(model, optimizer, scaler, held, n_held, *options)
+        except Exception as error:  # the model makes the CPU wait, for example
             torch.cuda.set_stream(stream)
-            dropout.graphsafe_set_state(dropout_before)  # else it still thinks that it is captured
+            dropout.graphsafe_set_state(dropout_before)  # else it stays in capture mode
             optimizer.zero_grad()
-            reason = first_line(error.__context__ or error)  # the first error makes others
+            reason = first_line(error.__context__ or error)  # the first error causes the later ones
             print(f"warning: steps are not replayed as a CUDA graph: {reason}", file=sys.stderr)
         else:
-            self.graph, self.inputs = graph, tensors_of(held, n_held)
+            self.graph, self.inputs, self.results = graph, tensors_of(held, n_held), results
 
 
 @contextmanager
 def nothing_drawn_on_the_cpu() -> Iterator[None]:
     """Raise RuntimeError if random numbers were drawn there: each replay would use the same.
 
-    LayerDrop draws some. Afterwards the generators of Python, numpy and torch are as before.
+    LayerDrop draws some. Looks at the global generators of Python, numpy and torch, which are
+    afterwards as before. A model that changes in other ways from step to step needs --no-graph.
     """
     python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

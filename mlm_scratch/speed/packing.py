@@ -36,7 +36,8 @@ class Layout:
         aligned: widen them to a multiple of 8, which a GPU's attention kernels need.
         mask_rate: if not 0, find the same number of positions in every batch, for torch.compile
             and CUDA graphs; the share of the tokens that are masked.
-        rows: give every batch at least this many, for a CUDA graph. Those added have no labels.
+        rows: give every batch without padding this many, for a CUDA graph. Those added have no
+            labels.
     """
 
     limit: int
@@ -50,8 +51,9 @@ class Layout:
         if batch.attention_mask is not None:
             batch = self._arranged(batch.input_ids, batch.attention_mask, batch.labels)
         elif (missing := self.rows - len(batch.labels)) > 0:
+            first = batch.input_ids[:1].expand(missing, -1)  # (missing, T)
             batch = batch._replace(
-                input_ids=pad(batch.input_ids, (0, 0, 0, missing), value=PAD),
+                input_ids=torch.cat([batch.input_ids, first]),
                 labels=pad(batch.labels, (0, 0, 0, missing), value=IGNORE),
             )
         if self.mask_rate:

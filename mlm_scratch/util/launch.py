@@ -6,6 +6,7 @@ Does not import torch, so that `--help` and every error before training appear i
 import atexit
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -69,14 +70,16 @@ def this_launch() -> Launch:
     return launch
 
 
-def exit_process(code: int) -> NoReturn:
-    """Exit; as one of several ranks without taking the interpreter apart.
+def exit_process(code: int | str | None) -> NoReturn:
+    """Exit; as one of several ranks without finalizing the interpreter.
 
     Meanwhile a thread of gloo may ask for the interpreter's lock. Python 3.11 ends such a thread,
     and that aborts the process: "terminate called without an active exception".
     """
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ and isinstance(code, int):
         atexit._run_exitfuncs()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # its reader is gone, or it is closed
+                stream.flush()
         os._exit(code)
     sys.exit(code)
