@@ -289,13 +289,16 @@ def adapt(hf_model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> FastM
 def layouts(
     config: TrainConfig, model: FastMaskedLM, on_gpu: bool, alike: bool
 ) -> tuple[Layout, Layout]:
-    """Return the layout of the batches to train on, one shape if `alike`, and to evaluate on."""
+    """Return the layout of the batches to train on, one shape if `alike`, and to evaluate on.
+
+    Also with --no-graph: then it is the same run, with the same dropout.
+    """
     of_training = layout = Layout(config.text.block_size, packed=model.packs, aligned=on_gpu)
     if config.machine.compile or alike:
         of_training = replace(layout, mask_rate=max(config.masking.rates))
     if config.machine.compile:
         layout = replace(layout, mask_rate=config.evaluation.eval_mlm_probability)
-    if alike and not model.dense_head:  # it is for parity with Trainer, in the last step's dropout
+    if alike and not model.dense_head:  # else the last step's dropout is not Trainer's
         of_training = replace(of_training, rows=config.optimization.batch_size)
     return of_training, layout
 

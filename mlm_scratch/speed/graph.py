@@ -11,6 +11,7 @@ Off: --no-graph.
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,14 +28,15 @@ from mlm_scratch.parallel.ranks import Ranks
 from mlm_scratch.precision import Precision
 from mlm_scratch.util.errors import first_line
 
-WARM_UP = 3  # steps before: AdamW's moments, fp16's scale and compiled code have to be there
+WARM_UP = 3  # steps of a shape before: AdamW's moments, fp16's scale, compiled code must be there
 
 
 def steps_are_alike(config: TrainConfig, precision: Precision, ranks: Ranks) -> bool:
     """Whether the steps of a run have one shape, on a single CUDA GPU.
 
-    Blocks do; Layout.rows fills up a short batch. (A last step of fewer batches is not replayed.)
-    Gradient checkpointing reads the CUDA generator's state, which cannot be captured.
+    Rows of `--grouping blocks` have one length; Layout.rows fills up a short batch. (A last step of
+    fewer batches is not replayed.) Gradient checkpointing reads the CUDA generator's state, which
+    cannot be captured.
     """
     on_gpu = precision.device.type == "cuda" and ranks.size == 1
     blocks = config.text.grouping == "blocks"
@@ -47,8 +49,8 @@ class StepGraph:
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.may_capture = True  # until it was tried
-        self.shapes: list[torch.Size] = []  # of the last step; once there is a graph, of its steps
-        self.alike = 0  # steps in a row that had these shapes
+        self.computed: Counter[tuple[torch.Size, ...]] = Counter()  # steps, by their shapes
+        self.shapes: tuple[torch.Size, ...] = ()  # of the steps that the graph can compute
         self.inputs: list[Tensor] = []  # that the graph reads: its batches, and n_masked
         self.results: tuple[Tensor, Tensor]  # that it writes: loss and norm
 
@@ -61,16 +63,17 @@ class StepGraph:
         n_masked: Tensor,
         *options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Compute a step: the arguments and results are those of `compute_step`."""
+        """Compute a step: the arguments and results are those of `compute_step`.
+
+        All but `batches` and `n_masked` have to be the same in every step.
+        """
         inputs = tensors_of(batches, n_masked)
-        shapes = [x.shape for x in inputs]
-        if self.graph is None:
-            self.alike = self.alike + 1 if shapes == self.shapes else 1
-            self.shapes = shapes
-            if self.may_capture and self.alike > WARM_UP:
-                self.may_capture = False
-                self._capture(model, optimizer, scaler, batches, n_masked, *options)
+        shapes = tuple(x.shape for x in inputs)
+        if self.may_capture and self.computed[shapes] == WARM_UP:
+            self.may_capture, self.shapes = False, shapes
+            self._capture(model, optimizer, scaler, batches, n_masked, *options)
         if self.graph is None or shapes != self.shapes:
+            self.computed[shapes] += 1
             return compute_step(model, optimizer, scaler, batches, n_masked, *options)
         torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
