@@ -106,6 +106,7 @@ class StepGraph:
             torch.cuda.set_stream(stream)
             dropout.graphsafe_set_state(dropout_before)  # else it stays in capture mode
             optimizer.zero_grad()
+            scaler.update(scaler.get_scale())  # else its gradients stay "unscaled already"
             reason = first_line(error.__context__ or error)  # the first error causes the later ones
             print(f"warning: steps are not replayed as a CUDA graph: {reason}", file=sys.stderr)
         else:
