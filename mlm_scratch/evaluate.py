@@ -30,7 +30,7 @@ LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8: e to a larger one is i
 def evaluate(
     model: MaskedLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: TokenRows | None,
+    rows: TokenRows,
     config: TrainConfig,
     precision: Precision,
     ranks: Ranks = ALONE,
@@ -47,10 +47,8 @@ def evaluate(
     Returns:
         eval_loss (nats, mean over all masked tokens), perplexity (its exponential) and
         eval_accuracy (share of masked tokens whose top prediction is right), NaN where no token is
-        masked; nothing without rows; or None if a stop signal comes before the last batch.
+        masked; or None if a stop signal comes before the last batch.
     """
-    if rows is None:
-        return {}
     device = precision.device
     # A new generator with the same seed: the same masks.
     masking = replace(config.masking, mlm_probability=config.evaluation.eval_mlm_probability)

@@ -133,7 +133,7 @@ def test_generate_at_which_rates_a_model_trained_at_all_of_them_predicts_better(
             evaluate(
                 t.model,
                 t.tokenizer,
-                t.eval_rows,
+                t.eval_rows[""],
                 changed(config, eval_mlm_probability=rate),
                 t.precision,
             )["eval_loss"]

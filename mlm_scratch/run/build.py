@@ -63,7 +63,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     with ranks.rank0_first(), old_objects_apart():
         loaded = load(config, checkpoint, ranks)
     tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
-    if loaded.eval_rows is None and (evaluation.best or evaluation.patience):
+    if not loaded.eval_rows and (evaluation.best or evaluation.patience):
         flag = "--best" if evaluation.best else "--patience"
         raise UserError(f"{flag} needs an evaluation loss: pass --eval-file or --eval-fraction")
     watched = read_watched(evaluation.watch, hf_model, tokenizer)
@@ -107,7 +107,6 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
         documents=loaded.documents,
         source=source,
         eval_rows=loaded.eval_rows,
-        more_eval_rows=loaded.more_eval_rows,
         eval_layout=eval_layout,
         total_steps=total_steps,
         optimizer=optimizer,
@@ -127,10 +126,10 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
     source.start()  # may fork workers: unsafe once NCCL is there, which begins with DDP
-    if config.machine.compile:
+    if machine.compile:
         # Blocks have one shape, or two, each compiled separately; else shapes are dynamic.
         model.compile(dynamic=config.text.grouping == "lines")
-    if alike and not config.machine.no_graph:
+    if alike and not machine.no_graph:
         t.compute = StepGraph()
     t.ddp_model = ranks.wrap(model, precision.device)
     return t
@@ -164,8 +163,7 @@ class Loaded(NamedTuple):
     hf_model: PreTrainedModel
     documents: Documents
     source: Source
-    eval_rows: PreparedRows | None
-    more_eval_rows: dict[str, PreparedRows]
+    eval_rows: dict[str, PreparedRows]  # by name; that of the first is ""
     shared_share: float  # of the documents to evaluate on, those that are in the training text, too
     answers: dict[str, tuple[str, ...]]  # sentences that ask for what the text says (documents.py)
     labels: dict[str, str]  # what is read for training and evaluation, with its version
@@ -179,8 +177,8 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         commit = model_commit(config.model.name, config.model.revision)
         config = changed(config, model_commit=commit)
     with announced("looking up the text"):
-        documents, eval_documents = load_documents(config)
-        more = load_more_to_evaluate_on(config)
+        documents, first = load_documents(config)
+        others = {} if first is None else {"": first, **load_more_to_evaluate_on(config)}
     words = (
         read_words(config.model.add_tokens) if config.model.add_tokens and not checkpoint else []
     )
@@ -191,34 +189,67 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     source: Source
     if config.text.streaming:
         source = ShardedStream(documents, tokenizer, config, ranks)
+    else:
+        source = prepare_rows(documents, tokenizer, config)
+    eval_rows = {name: prepare_rows(other, tokenizer, config) for name, other in others.items()}
+    in_both = {}
+    if not config.text.streaming:
+        in_both = {name: count_shared(documents, other) for name, other in others.items()}
+    print(f"text: {what_was_read(config, documents, source, others, in_both)}")
+    labels = {
+        "evaluation" + f", {name}" * bool(name): other.label for name, other in others.items()
+    }
+    return Loaded(
+        tokenizer,
+        hf_model,
+        documents,
+        source,
+        eval_rows,
+        max((shared / len(others[name]) for name, shared in in_both.items()), default=0.0),
+        {} if first is None else first.answers,
+        {"training": documents.label, **labels},
+        with_versions(config, documents, source, eval_rows, checkpoint),
+    )
+
+
+def what_was_read(
+    config: TrainConfig,
+    documents: Documents,
+    source: Source,
+    others: dict[str, Documents],
+    in_both: dict[str, int],
+) -> str:
+    """Describe the text to train on, and the others, to evaluate on, by name."""
+    size = config.text.block_size
+    if isinstance(source, PreparedRows):
         text = (
-            f"a stream of {documents.label} in {documents.rows.num_shards} files, rows of "
-            f"{config.text.block_size}"
+            f"{len(documents):,} documents of {documents.label}, {len(source.tokens):,} tokens in "
+            f"{len(source):,} rows of up to {size}"
         )
     else:
-        source = rows = prepare_rows(documents, tokenizer, config)
-        text = (
-            f"{len(documents):,} documents of {documents.label}, {len(rows.tokens):,} tokens in "
-            f"{len(rows):,} rows of up to {config.text.block_size}"
-        )
-    eval_rows = prepare_rows(eval_documents, tokenizer, config) if eval_documents else None
-    labels, shared_share = {"training": documents.label}, 0.0
-    more_rows = {name: prepare_rows(other, tokenizer, config) for name, other in more.items()}
-    for name, other in {"": eval_documents, **more}.items():
-        if other is None:
-            continue
-        labels["evaluation" + f", {name}" * bool(name)] = other.label
+        text = f"a stream of {documents.label} in {documents.rows.num_shards} files, rows of {size}"
+    for name, other in others.items():
         where = "held out" if other.held_out else f"to evaluate on: {other.label}"
         text += f", {len(other):,} {where}"
-        if not config.text.streaming and (shared := count_shared(documents, other)):
+        if shared := in_both.get(name, 0):
             text += f", {shared:,} of them also in the training text"
-            shared_share = max(shared_share, shared / len(other))
-    print(f"text: {text}")
+    return text
+
+
+def with_versions(
+    config: TrainConfig,
+    documents: Documents,
+    source: Source,
+    eval_rows: dict[str, PreparedRows],
+    checkpoint: Path | None,
+) -> TrainConfig:
+    """Add the versions of all that was read to the settings: a resume has to read the same.
+
+    Raises:
+        UserError: it does not; or nothing of it has the revision that was asked for.
+    """
     config = changed(config, dataset_commit=documents.commit)
-    digests = {
-        "text_digest": source.text_digest,
-        "eval_digest": _digest_of_all(eval_rows, more_rows),
-    }
+    digests = {"text_digest": source.text_digest, "eval_digest": _digest_of_all(eval_rows)}
     model = config.model
     if (checkpoint is None or model.model_digest is None) and model.name != BUNDLED:
         digests["model_digest"] = model_digest(model.name)
@@ -226,30 +257,17 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         digests["words_digest"] = checksum(Path(model.add_tokens))
     begun = flat(config)
     check_same_run({name: begun[name] for name in digests if begun[name] is not None}, digests)
-    config = changed(config, **digests)
-    if config.model.revision and not (config.model.model_commit or config.text.dataset_commit):
+    if model.revision and not (model.model_commit or config.text.dataset_commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
-    answers = eval_documents.answers if eval_documents is not None else {}
-    return Loaded(
-        tokenizer,
-        hf_model,
-        documents,
-        source,
-        eval_rows,
-        more_rows,
-        shared_share,
-        answers,
-        labels,
-        config,
-    )
+    return changed(config, **digests)
 
 
-def _digest_of_all(first: PreparedRows | None, more: dict[str, PreparedRows]) -> str | None:
+def _digest_of_all(eval_rows: dict[str, PreparedRows]) -> str | None:
     """Digest the texts to evaluate on, with the names of those after the first; None: no text."""
-    if first is None or not more:
-        return None if first is None else first.text_digest
-    named = [first.text_digest, *((name, rows.text_digest) for name, rows in more.items())]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    named = [(name, rows.text_digest) for name, rows in eval_rows.items()]
+    if len(named) < 2:
+        return named[0][1] if named else None
+    return hashlib.sha256(json.dumps([named[0][1], *named[1:]]).encode()).hexdigest()
 
 
 def _origin(model: ModelSettings) -> str:

@@ -244,8 +244,9 @@ def _seconds_of_evaluation(t: Training) -> float:
     """Estimate the time of an evaluation from its first batches; 0 without one."""
     if not t.eval_rows:
         return 0.0
-    n = min(len(t.eval_rows), EVALUATED * t.config.evaluation.eval_batch_size)
-    first = TokenRows(t.eval_rows.tokens, t.eval_rows.starts[: n + 1], t.eval_rows.gap_before)
+    rows = t.eval_rows[""]
+    n = min(len(rows), EVALUATED * t.config.evaluation.eval_batch_size)
+    first = TokenRows(rows.tokens, rows.starts[: n + 1], rows.gap_before)
     for _ in range(2):  # the first one allocates, or compiles
         begin = time.perf_counter()
         t.evaluate_on(first)
@@ -253,7 +254,7 @@ def _seconds_of_evaluation(t: Training) -> float:
 
 
 def _rows_to_evaluate(t: Training) -> int:
-    return sum(map(len, (t.eval_rows or (), *t.more_eval_rows.values())))
+    return sum(map(len, t.eval_rows.values()))
 
 
 def _memory_line(t: Training) -> Iterator[str]:

@@ -51,8 +51,7 @@ class Training:
     loader: Loader
     documents: Documents
     source: Source
-    eval_rows: PreparedRows | None
-    more_eval_rows: dict[str, PreparedRows]  # of other texts to evaluate on, by name
+    eval_rows: dict[str, PreparedRows]  # of the texts to evaluate on, by name; the first is ""
     eval_layout: Layout
     total_steps: int
     optimizer: torch.optim.Optimizer
@@ -127,7 +126,7 @@ class Training:
     def _evaluate(self, report: Report, stop: StopRequest) -> bool:
         """Evaluate. Returns whether the model is the best so far and has to be kept."""
         metrics: dict[str, float] = {}
-        for name, rows in {"": self.eval_rows, **self.more_eval_rows}.items():
+        for name, rows in self.eval_rows.items():
             found = self.evaluate_on(rows, stop.agreed_by_all_ranks)
             if found is None:
                 return False
@@ -143,7 +142,7 @@ class Training:
         return self.config.evaluation.best and self.best_step(self.steps_done) == self.steps_done
 
     def evaluate_on(
-        self, rows: TokenRows | None, stop: Callable[[], bool] | None = None
+        self, rows: TokenRows, stop: Callable[[], bool] | None = None
     ) -> dict[str, float] | None:
         """Evaluate the model on rows, as `evaluate` does. Raises UserError if out of memory."""
         with out_of_memory_means("evaluate fewer rows at once, with a lower --eval-batch-size"):
