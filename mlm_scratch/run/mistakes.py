@@ -4,35 +4,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mlm_scratch.config import TrainConfig, as_steps
-from mlm_scratch.data.documents import Documents
-from mlm_scratch.data.rows import PreparedRows, Source
+from mlm_scratch.config import as_steps
+from mlm_scratch.data.rows import PreparedRows
 from mlm_scratch.data.stream import ShardedStream
+from mlm_scratch.run.load import Loaded
 
 MANY_PASSES = 100  # over the same rows
 FINE_TUNING, FROM_SCRATCH = 5e-4, 5e-5  # rates above the one, below the other, do not fit
 MOSTLY, NEARLY_ALL = 0.5, 0.99  # of the rows
 SHARED = 0.1  # of the evaluation documents
+FEW = 10  # masked tokens in an evaluation
 
 
-def mistakes(
-    config: TrainConfig,
-    source: Source,
-    documents: Documents,
-    shared: float,
-    total_steps: int,
-    steps_per_epoch: int,
-) -> Iterator[str]:
-    """Yield what looks like a mistake, a sentence each.
-
-    Args:
-        config: the settings of the run.
-        source: the rows.
-        documents: what they are made from.
-        shared: the share of the evaluation documents that are in the training text, too.
-        total_steps: the length of the run.
-        steps_per_epoch: optimizer steps per epoch.
-    """
+def mistakes(loaded: Loaded, total_steps: int, steps_per_epoch: int) -> Iterator[str]:
+    """Yield what looks like a mistake in a run of so many optimizer steps, a sentence each."""
+    config, source, shared = loaded.config, loaded.source, loaded.shared_share
     settings, size = config.optimization, config.text.block_size
     if (warmup := as_steps(settings.warmup_steps, total_steps)) >= total_steps > 1:
         yield (
@@ -60,8 +46,14 @@ def mistakes(
             f"{shared:.0%} of the documents to evaluate on are in the training text, too: their "
             "loss measures memorization"
         )
+    for rows in loaded.eval_rows.values():
+        if (masked := len(rows.tokens) * config.evaluation.eval_mlm_probability) < FEW:
+            yield (
+                f"of the {len(rows.tokens):,} tokens to evaluate on about {masked:.0f} are masked, "
+                "too few for a loss: use more text, or a higher --eval-mlm-probability"
+            )
     if isinstance(source, ShardedStream):
-        files, shards = documents.rows.num_shards, len(source.positions)
+        files, shards = loaded.documents.rows.num_shards, len(source.positions)
         if files < shards:
             yield (
                 f"--streaming: each of {shards} shards reads all {files} files and keeps one "

@@ -14,7 +14,7 @@ import pytest
 from mlm_scratch.config import changed, resolve
 from mlm_scratch.data.documents import count_shared, load_documents
 from mlm_scratch.parallel.ranks import ALONE
-from mlm_scratch.run.build import load
+from mlm_scratch.run.load import load
 from mlm_scratch.util.errors import UserError
 from tests.support.tiny import SENTENCES, small_config, text_config, write_text
 

@@ -165,6 +165,10 @@ MISTAKES = {
         {"eval_file": "a.txt", "eval_fraction": None},
         "100% of the documents to evaluate on are in the training",
     ),
+    "few masked": (
+        {"eval_fraction": 0.2, "eval_mlm_probability": 0.01},
+        "of the 284 tokens to evaluate on about 3 are masked",
+    ),
     "files": (
         {"streaming": True, "max_steps": 3, "eval_fraction": 0.0},
         "--streaming: each of 8 shards reads all 1 files",
