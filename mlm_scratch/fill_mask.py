@@ -2,7 +2,7 @@
 
     text -> ids -> one forward pass -> the logits at the mask -> softmax -> the k best -> sentences
 
-`predict` is that computation; `fill_mask` returns what the pipeline returns, scores included.
+`predict` goes as far as the softmax; `fill_mask` returns what the pipeline does, scores included.
 """
 
 import torch

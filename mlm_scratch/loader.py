@@ -26,22 +26,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .masking import IGNORE, mask_tokens, word_ids_from_gaps
+from .masking import IGNORE, mask_tokens
 
 
 @dataclass
 class TokenRows:
-    """Rows of token ids: row i is tokens[starts[i] : starts[i + 1]].
+    """Rows of token ids: row i is tokens[starts[i] : starts[i + 1]]."""
 
-    Attributes:
-        tokens: (total,) ids.
-        starts: (rows + 1,) int64.
-        gap_before: (total,) bool, true where the text has a gap before the token; only with whole
-            words.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
+    tokens: np.ndarray  # (total,) ids
+    starts: np.ndarray  # (rows + 1,) int64
+    # (total,) bool, true where the text has a gap before the token; only for whole words
     gap_before: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -104,6 +98,17 @@ class Loader:
     """All optimizer steps of a run, in order: step s is number s % steps_per_epoch of its epoch.
 
     The position of a run is the number of its next step and the state of the mask generator.
+
+    Args:
+        rows: the rows to train on.
+        collator: pads and masks the rows of a step.
+        rows_per_step: rows in an optimizer step; the last step of an epoch may have fewer.
+        batch_size: at most this many rows go through the model in one pass.
+        seed: fixes the order of the rows.
+        device: where the batches go; default: the CPU.
+        share: Batch of a step -> (the rows that this process computes, masked tokens of all), where
+            several processes share the step.
+        arrange: Batch -> Batch with the same loss that is cheaper to compute.
     """
 
     def __init__(
@@ -118,19 +123,6 @@ class Loader:
         share: Callable[[Batch], tuple[Batch, int]] = all_rows,
         arrange: Callable[[Batch], Batch] = unchanged,
     ):
-        """Build the loader.
-
-        Args:
-            rows: the rows to train on.
-            collator: pads and masks the rows of a step.
-            rows_per_step: rows in an optimizer step; the last step of an epoch may have fewer.
-            batch_size: at most this many rows go through the model in one pass.
-            seed: fixes the order of the rows.
-            device: where the batches go; default: the CPU.
-            share: Batch of a step -> (the rows that this process computes, masked tokens of all),
-                where several processes share the step.
-            arrange: Batch -> Batch with the same loss that is cheaper to compute.
-        """
         if len(rows) == 0:
             raise ValueError("there are no rows to train on")
         self.rows, self.collator = rows, collator
@@ -156,8 +148,8 @@ class Loader:
         for step in range(first, last):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if step_of_epoch == 0:
-                # torch's DataLoader draws a number per epoch from the generator that dropout uses.
-                torch.empty((), dtype=torch.int64).random_()  # so dropout stays that of Trainer
+                # torch's DataLoader draws a number per epoch from the CPU's global generator, which
+                torch.empty((), dtype=torch.int64).random_()  # dropout on a CPU uses, too
             if step_of_epoch == 0 or order is None:
                 order = epoch_order(len(self.rows), self.seed, epoch)  # (rows,)
             start = step_of_epoch * self.rows_per_step
@@ -182,7 +174,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class Collator:
-    """Pads and masks rows of token ids, on the CPU, with its own random generator."""
+    """Pads and masks rows of token ids, on the CPU, with its own random generator.
+
+    Args:
+        tokenizer: names the mask token, and the special tokens, which are never masked.
+        mask_rates: share of the tokens to mask at the first and at the last step of a run.
+        mask_replace_prob: as in `mask_tokens`, like random_replace_prob.
+        random_replace_prob: see there.
+        seed: fixes the masks.
+    """
 
     def __init__(
         self,
@@ -193,15 +193,6 @@ class Collator:
         random_replace_prob: float = 0.1,
         seed: int = 42,
     ):
-        """Build the collator.
-
-        Args:
-            tokenizer: names the mask token, and the special tokens, which are never masked.
-            mask_rates: share of the tokens to mask at the first and at the last step of a run.
-            mask_replace_prob: as in `mask_tokens`.
-            random_replace_prob: as in `mask_tokens`.
-            seed: fixes the masks.
-        """
         self.mask_token_id, self.vocab_size = tokenizer.mask_token_id, len(tokenizer)
         self.pad_token_id = tokenizer.pad_token_id or 0  # any id works: attention_mask hides it
         # is_special[ids] does for a whole batch what get_special_tokens_mask does row by row.
@@ -222,8 +213,9 @@ class Collator:
         special = torch.from_numpy(self.is_special[ids] | ~is_token)  # (B, T)
         attention_mask = None if is_token.all() else torch.from_numpy(is_token.astype(np.int64))
         word_ids = None
-        if rows.gap_before is not None:  # whole words
-            word_ids = word_ids_from_gaps(torch.from_numpy(rows.gap_before[source]), special)
+        if rows.gap_before is not None:  # whole words end at gaps and at special tokens
+            gaps = torch.from_numpy(rows.gap_before[source])  # (B, T)
+            word_ids = gaps.cumsum(dim=1).masked_fill(special, -1)  # (B, T), equal within a word
         first, last = self.mask_rates
         input_ids, labels = self.mask(  # (B, T), (B, T)
             torch.from_numpy(ids.astype(np.int64)), special, word_ids, first + done * (last - first)

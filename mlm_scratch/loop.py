@@ -13,7 +13,7 @@ logging, evaluation and checkpoints belong to whoever iterates over it:
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def compute_step(
     scaler.unscale_(optimizer)  # undo the scaling before measuring the norm
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)  # ()
     scaler.step(optimizer)  # skipped if any gradient is inf or NaN
-    scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 good ones
+    scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 others in a row
     optimizer.zero_grad()
     return loss, grad_norm
 
@@ -121,23 +121,14 @@ def run_steps(
     scheduler: LambdaLR,
     scaler: torch.amp.GradScaler,
     *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    max_grad_norm: float = 1.0,
     train_step: Callable[..., tuple[Tensor, Tensor]] = train_step,
+    **options: Any,
 ) -> Iterator[Done]:
-    """Run optimizer steps, and yield what each has done. Another `train_step` may take its place.
+    """Run optimizer steps, and yield what each has done.
 
-    The other arguments are those of `train_step`.
+    Pass another `train_step` to replace the step. `options` are its keyword arguments.
     """
     for step in steps:
         learning_rate = next_rate(scheduler)  # before train_step advances it
-        loss, grad_norm = train_step(
-            model,
-            optimizer,
-            scheduler,
-            scaler,
-            step,
-            autocast=autocast,
-            max_grad_norm=max_grad_norm,
-        )
+        loss, grad_norm = train_step(model, optimizer, scheduler, scaler, step, **options)
         yield Done(step, learning_rate, loss, grad_norm)

@@ -1,7 +1,7 @@
 """Which tokens to hide and what to put there: the "masked" in masked language modelling.
 
     input_ids:  <s>  The  Milky  Way   is    a  spiral  galaxy  .  </s>
-    selected:                     x               x                       15 % of the tokens
+    selected:                     x               x                       15 % on average
     model sees: <s>  The  Milky <mask> is    a  spiral  galaxy  .  </s>   (Way: mask, spiral: keep)
     labels:    -100 -100  -100   Way  -100 -100 spiral  -100  -100 -100
 
@@ -141,28 +141,11 @@ def draw(
 # ---- Whole words (skip at first) -----------------------------------------------------------------
 
 
-def word_ids_from_gaps(gap_before: Tensor, special_tokens_mask: Tensor) -> Tensor:
-    """Number the words of each row, given where a word may start.
-
-    Args:
-        gap_before: (B, T) bool, true where the text has a gap before the token.
-        special_tokens_mask: (B, T) bool.
-
-    Returns:
-        (B, T) int64 word numbers counted from 1; -1 at special tokens.
-
-    Source: DataCollatorForLanguageModeling._calc_word_ids_and_prob_mask: a word starts after a
-    gap, after a special token and at the start of a row.
-    """
-    new_word = gap_before.clone()  # (B, T)
-    new_word[:, 0] = True
-    new_word[:, 1:] |= special_tokens_mask[:, :-1]
-    new_word &= ~special_tokens_mask
-    return new_word.cumsum(dim=1).masked_fill(special_tokens_mask, -1)  # (B, T)
-
-
 def _first_of_word(word_ids: Tensor) -> Tensor:
-    """(B, T): the column where the word of each position starts (meaningless where id is -1)."""
+    """(B, T): the column where the word of each position starts (meaningless where id is -1).
+
+    Source: DataCollatorForLanguageModeling._calc_word_ids_and_prob_mask.
+    """
     starts = torch.ones_like(word_ids, dtype=torch.bool)  # (B, T)
     starts[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
     columns = torch.arange(word_ids.shape[1], device=word_ids.device)  # (T,)

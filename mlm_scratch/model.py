@@ -39,6 +39,10 @@ class MaskedLM(nn.Module):
     the encoder gathers the hidden states at the masked positions, (B, T, H) -> (1, N, H), and the
     model's own head, whatever it is called, sees one row of N positions instead of B rows of T.
 
+    Args:
+        hf_model: an encoder with an LM head. Shares its weights with the wrapper.
+        loss: (N, V) logits and (N,) labels, -100 where there is none -> (), a sum.
+
     Attributes:
         dense_head: run the head on all positions, as Trainer does; for a head that mixes them.
     """
@@ -48,12 +52,6 @@ class MaskedLM(nn.Module):
         hf_model: PreTrainedModel,
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum,
     ):
-        """Wrap a model.
-
-        Args:
-            hf_model: an encoder with an LM head. Shares its weights with the wrapper.
-            loss: (N, V) logits and (N,) labels, -100 where there is none -> (), a sum.
-        """
         super().__init__()
         self.hf_model, self.loss = hf_model, loss
         self.dense_head = False

@@ -13,24 +13,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """Build AdamW with Trainer's betas and eps. Fused: one kernel updates all weights.
-
-    On a GPU the rate is a tensor, and no number of the update is one of Python's: such an update
-    can be part of a CUDA graph ("capturable").
-    """
-    groups, device = parameter_groups(model, weight_decay), next(model.parameters()).device
-    on_gpu = device.type == "cuda"
-    optimizer = AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True, capturable=on_gpu)
-    for group in optimizer.param_groups if on_gpu else ():
-        group |= {"lr": torch.full((), lr, device=device), "initial_lr": lr}
-    return optimizer
+    """Build AdamW with Trainer's betas and eps. Fused: one kernel updates all weights."""
+    groups = parameter_groups(model, weight_decay)
+    return AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -65,13 +56,11 @@ def build_schedule(
         share: step -> share of the peak rate; see `share_of_peak`.
         scheduled_steps: steps done before, if a run is resumed.
     """
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])  # the peak; LambdaLR asks for it at a resume
     return LambdaLR(optimizer, share, scheduled_steps - 1)
 
 
 def next_rate(schedule: LambdaLR) -> float:
-    """Return the rate of the next step, as a number: the optimizer's own may be on a GPU."""
+    """Return the rate of the next step, as a number: the optimizer's may be a tensor on a GPU."""
     peak: Any = schedule.base_lrs[0]
     return peak * schedule.lr_lambdas[0](schedule.last_epoch)
 

@@ -142,6 +142,7 @@ BAKED_IN = ("the count of masked tokens", "the rate")
 NOT_CAPTURED = {
     "a wait": "operation not permitted when stream is capturing",
     "a wait of the optimizer": "operation not permitted when stream is capturing",
+    "a handled error": "what really is wrong",
     "a draw on the CPU": "the model draws random numbers on the CPU",
 }
 
@@ -644,6 +645,11 @@ def graph_run(
             n_masked.item()
         elif fault == "a wait of the optimizer" and len(computed) == 1:  # after unscaling
             optimizer.register_step_pre_hook(lambda *_: n_masked.item() and None)
+        elif fault == "a handled error":
+            try:
+                n_masked.item()
+            except RuntimeError as error:
+                raise ValueError("what really is wrong") from error
         elif fault == "a draw on the CPU":
             n_masked = n_masked * random.choice((1, 2))
         return loop.compute_step(*arguments)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from mlm_scratch.masking import IGNORE, mask_tokens, word_ids_from_gaps
+from mlm_scratch.masking import IGNORE, mask_tokens
 from tests.support.tiny import SENTENCES, byte_level_tokenizer, wordpiece_tokenizer
 
 TOKENIZERS = [byte_level_tokenizer(), wordpiece_tokenizer()]
@@ -93,7 +93,7 @@ def test_whole_words_equal_to_the_collator_bit_for_bit(tokenizer, mlm):
         seen, labels = mask_tokens(
             encoding["input_ids"],
             special,
-            word_ids=word_ids_from_gaps(gap_before, special),
+            word_ids=gap_before.cumsum(dim=1),
             mask_token_id=tokenizer.mask_token_id,
             vocab_size=len(tokenizer),
             mlm_probability=mlm,
@@ -132,9 +132,18 @@ def test_the_tokens_of_a_word_get_the_same_treatment():
 
 
 def test_words_end_at_gaps_and_special_tokens():
-    special = torch.tensor([[1, 0, 0, 0, 1, 0, 0]]).bool()
-    starts = torch.tensor([[1, 0, 0, 1, 0, 0, 0]]).bool()
-    assert word_ids_from_gaps(starts, special).tolist() == [[-1, 1, 1, 2, -1, 3, 3]]
+    special = torch.tensor([1, 0, 0, 0, 1, 0, 0]).expand(1000, 7)
+    word_ids = torch.tensor([1, 1, 1, 2, 2, 2, 2]).expand(1000, 7)  # a gap before the fourth token
+    _, labels = mask_tokens(
+        special, special, mask_token_id=9, vocab_size=9, mlm_probability=0.5, word_ids=word_ids
+    )
+    selected = (labels != IGNORE).T  # (T, B)
+    assert not selected[0].any() and not selected[4].any()
+    together = [[torch.equal(one, other) for other in selected] for one in selected]
+    words = [[0, 4], [1, 2], [3], [5, 6]]  # at first those of no word
+    assert together == [
+        [any({i, j} <= {*word} for word in words) for j in range(7)] for i in range(7)
+    ]
 
 
 def test_positions_outside_words_are_never_selected():

@@ -26,7 +26,7 @@ from mlm_scratch.run.state import Training, rate_schedule
 from mlm_scratch.speed.allocator import keep_freed_memory
 from mlm_scratch.speed.bf16_on_cpu import precision_on_cpu
 from mlm_scratch.speed.checks import earliest_gather, first_position_if_packed, ready_mask_works
-from mlm_scratch.speed.graph import StepGraph, steps_are_alike
+from mlm_scratch.speed.graph import StepGraph, make_capturable, steps_are_alike
 from mlm_scratch.speed.model import FastMaskedLM
 from mlm_scratch.speed.packing import Layout
 from mlm_scratch.speed.padded_vocabulary import PaddedVocabulary, pad_vocabulary
@@ -40,18 +40,14 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     Raises:
         UserError: something cannot be loaded, or does not fit together.
     """
-    machine, evaluation = config.machine, config.evaluation
-    precision = choose_precision(machine.device, machine.precision)
+    precision = choose_precision(config.machine.device, config.machine.precision)
     with ranks.rank0_first(), old_objects_apart():
         loaded = load(config, checkpoint, ranks)
     tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
-    if not loaded.eval_rows and (evaluation.best or evaluation.patience):
-        flag = "--best" if evaluation.best else "--patience"
-        raise UserError(f"{flag} needs an evaluation loss: pass --eval-file or --eval-fraction")
-    watched = read_watched(evaluation.watch, hf_model, tokenizer)
+    config, machine, optimization = loaded.config, loaded.config.machine, loaded.config.optimization
+    watched = read_watched(config.evaluation.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
-    config = loaded.config
     with announced("finding out what the model can do"):
         model = adapt(hf_model, config, ranks)
     why = ""
@@ -70,12 +66,13 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     alike = steps_are_alike(config, precision, ranks)
     layout, eval_layout = layouts(config, model, on_gpu, alike)
     loader = loader_of(config, source, tokenizer, precision.device, layout, ranks)
-    optimization = config.optimization
     total_steps = optimization.max_steps or math.ceil(optimization.epochs * loader.steps_per_epoch)
     if ranks.is_first:
         for line in mistakes(loaded, total_steps, loader.steps_per_epoch):
             print(f"warning: {line}", file=sys.stderr)
     optimizer = build_optimizer(hf_model, optimization.lr, optimization.weight_decay)
+    if on_gpu:
+        make_capturable(optimizer, precision.device)
     t = Training(
         config,
         precision,
@@ -103,7 +100,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
             for group, texts in loaded.answers.items()
         },
     )
-    torch.manual_seed(config.optimization.seed + ranks.rank)  # dropout is drawn from here on
+    torch.manual_seed(optimization.seed + ranks.rank)  # dropout is drawn from here on
     if checkpoint is not None:
         t.load_state_dict(load_state(checkpoint))
     source.start()  # may fork workers: unsafe once NCCL is there, which begins with DDP

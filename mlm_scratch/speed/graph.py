@@ -4,7 +4,7 @@ With few rows a GPU waits for Python: an H200 is busy for 4 ms of a step of 8 x 
 Python needs 25 to 30 to launch its 600 kernels. A graph holds them all, up to those of AdamW.
 
 A replay runs no Python. It reads and writes the tensors that the captured step did, where they lie:
-weights, moments, the rate, and a batch of the graph's own, into which each batch is copied.
+weights, moments, the rate, and batches of the graph's own, into which each step's are copied.
 So all steps must have one shape (`steps_are_alike`). Gradients live in the graph's memory only.
 Off: --no-graph.
 """
@@ -12,7 +12,7 @@ Off: --no-graph.
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,14 +43,24 @@ def steps_are_alike(config: TrainConfig, precision: Precision, ranks: Ranks) -> 
     return on_gpu and blocks and not config.machine.gradient_checkpointing
 
 
+def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
+    """Put the rate into a tensor on the GPU: as a Python number it would stay the captured one.
+
+    AdamW, "capturable", then has no number on the CPU that changes from step to step. Also with
+    --no-graph, for the same digits: a rate in fp64 would round otherwise.
+    """
+    for group in optimizer.param_groups:
+        rate = torch.full((), group["lr"], device=device)  # ()
+        group |= {"initial_lr": group["lr"], "lr": rate, "capturable": True}
+
+
 class StepGraph:
     """Computes steps as `compute_step` does: the first ones by it, the later ones as replays."""
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.may_capture = True  # until it was tried
         self.computed: Counter[tuple[torch.Size, ...]] = Counter()  # steps, by their shapes
-        self.shapes: tuple[torch.Size, ...] = ()  # of the steps that the graph can compute
+        self.shapes: tuple[torch.Size, ...] = ()  # of the step that was captured, or failed to be
         self.inputs: list[Tensor] = []  # that the graph reads: its batches, and n_masked
         self.results: tuple[Tensor, Tensor]  # that it writes: loss and norm
 
@@ -67,14 +77,18 @@ class StepGraph:
 
         All but `batches` and `n_masked` have to be the same in every step.
         """
+
+        def compute(batches: list[Batch], n_masked: Tensor) -> tuple[Tensor, Tensor]:
+            return compute_step(model, optimizer, scaler, batches, n_masked, *options)
+
         inputs = tensors_of(batches, n_masked)
         shapes = tuple(x.shape for x in inputs)
-        if self.may_capture and self.computed[shapes] == WARM_UP:
-            self.may_capture, self.shapes = False, shapes
-            self._capture(model, optimizer, scaler, batches, n_masked, *options)
+        if not self.shapes and self.computed[shapes] == WARM_UP:
+            self.shapes = shapes  # tried once
+            self._capture(compute, optimizer, scaler, batches, n_masked)
         if self.graph is None or shapes != self.shapes:
             self.computed[shapes] += 1
-            return compute_step(model, optimizer, scaler, batches, n_masked, *options)
+            return compute(batches, n_masked)
         torch._foreach_copy_(self.inputs, inputs)
         self.graph.replay()
         loss, grad_norm = self.results
@@ -82,12 +96,11 @@ class StepGraph:
 
     def _capture(
         self,
-        model: nn.Module,
+        compute: Callable[[list[Batch], Tensor], tuple[Tensor, Tensor]],
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         batches: list[Batch],
         n_masked: Tensor,
-        *options: Any,
     ) -> None:
         """Capture a step, without executing it; print a line where that is not possible."""
         held = [Batch._make(x if x is None else x.clone() for x in batch) for batch in batches]
@@ -95,19 +108,24 @@ class StepGraph:
         stream = torch.cuda.current_stream()
         dropout = torch.cuda.default_generators[n_masked.device.index]
         dropout_before = dropout.clone_state()
+        reasons = []
         try:
             # Other threads may go on using the GPU: a checkpoint is written in the background.
             with (
                 nothing_drawn_on_the_cpu(),
                 torch.cuda.graph(graph, capture_error_mode="thread_local"),
             ):
-                results = compute_step(model, optimizer, scaler, held, n_held, *options)
-        except Exception as error:  # the model makes the CPU wait, for example
+                try:
+                    results = compute(held, n_held)
+                except Exception as error:  # the model makes the CPU wait, for example
+                    reasons.append(first_line(error))  # to end the capture may fail, too, therefore
+                    raise
+        except Exception as error:
             torch.cuda.set_stream(stream)
             dropout.graphsafe_set_state(dropout_before)  # else it stays in capture mode
             optimizer.zero_grad()
             scaler.update(scaler.get_scale())  # else its gradients stay "unscaled already"
-            reason = first_line(error.__context__ or error)  # the first error causes the later ones
+            reason, *_ = [*reasons, first_line(error)]
             print(f"warning: steps are not replayed as a CUDA graph: {reason}", file=sys.stderr)
         else:
             self.graph, self.inputs, self.results = graph, tensors_of(held, n_held), results
@@ -134,5 +152,5 @@ def nothing_drawn_on_the_cpu() -> Iterator[None]:
 
 
 def tensors_of(batches: list[Batch], n_masked: Tensor) -> list[Tensor]:
-    """List all tensors that are new in a step, the learning rate aside."""
+    """List all tensors that are new in a step."""
     return [x for batch in batches for x in batch if x is not None] + [n_masked]
