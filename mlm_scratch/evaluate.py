@@ -49,15 +49,11 @@ def evaluate(
         eval_accuracy (share of masked tokens whose top prediction is right), NaN where no token is
         masked; or None if a stop signal comes before the last batch.
     """
-    device = precision.device
-    # A new generator with the same seed: the same masks.
-    masking = replace(config.masking, mlm_probability=config.evaluation.eval_mlm_probability)
-    collator = Collator(tokenizer, **masking.of_collator(), seed=config.optimization.seed)
     size = config.evaluation.eval_batch_size
     sums = []  # (2,) of each batch: loss and right predictions, read once, at the end
     n_masked = 0
     with in_eval_mode(model):
-        batches = masked_batches(rows, collator, size)
+        batches = masked_batches(tokenizer, rows, config)
         total = math.ceil(len(rows) / size)
         bar = progress_bar(batches, total=total, desc="evaluating", unit=" batches", leave=False)
         for number, batch in enumerate(bar):
@@ -68,14 +64,16 @@ def evaluate(
             if turn != ranks.rank:
                 continue
             with precision.autocast():
-                logits, labels = model.masked_logits(arrange(batch).to(device))  # (N, V), (N,)
+                logits, labels = model.masked_logits(
+                    arrange(batch).to(precision.device)
+                )  # (N, V), (N,)
             correct = (logits.argmax(dim=1) == labels).sum()  # ()
             sums.append(torch.stack([cross_entropy_sum(logits, labels), correct]))  # (2,)
     totals = torch.zeros(2, dtype=torch.float64)  # added up on the CPU: not every GPU has fp64
     for batch_sums in torch.stack(sums).cpu() if sums else ():
         totals += batch_sums
     ranks.all_reduce_sum(totals)
-    loss, accuracy = (totals / n_masked).tolist() if n_masked else (math.nan, math.nan)
+    loss, accuracy = (totals / n_masked).tolist()
     return {
         "eval_loss": loss,
         "perplexity": perplexity(loss),
@@ -88,8 +86,14 @@ def perplexity(loss: float) -> float:
     return math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
 
 
-def masked_batches(rows: TokenRows, collator: Collator, size: int) -> Iterator[Batch]:
-    """Yield all rows in batches of at most `size`, with masks that do not depend on it."""
+def masked_batches(
+    tokenizer: PreTrainedTokenizerBase, rows: TokenRows, config: TrainConfig
+) -> Iterator[Batch]:
+    """Yield all rows in batches for an evaluation, with masks that do not depend on their size."""
+    # A new generator with the same seed: the same masks.
+    masking = replace(config.masking, mlm_probability=config.evaluation.eval_mlm_probability)
+    collator = Collator(tokenizer, **masking.of_collator(), seed=config.optimization.seed)
+    size = config.evaluation.eval_batch_size
     for start in range(0, len(rows), ROWS_AT_ONCE):
         masked = collator(rows, np.arange(start, min(start + ROWS_AT_ONCE, len(rows))))  # (R, T)
         for first in range(0, len(masked.labels), size):

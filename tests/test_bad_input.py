@@ -120,6 +120,7 @@ def write_files():
     Path("columns.csv").write_text("a,b\n1,2\n3,4\n")
     Path("number.csv").write_text("text\n1\n2\n")
     Path("headed.csv").write_text("text\n")
+    Path("empty.csv.gz").write_bytes(gzip.compress(b""))
     Path("ragged.csv").write_text("text\na\nb,c,d\n")
     Path("not.parquet").write_text("PAR1?")
     packed = gzip.compress(TEXT.encode())
@@ -199,6 +200,7 @@ FLAGS = [
         ["--eval-fraction", 0, "--eval-batch-size", 4],
         "--eval-batch-size has no effect: there is no",
     ),
+    (["--eval-file", "good.txt", "--eval-mlm-probability", 1e-9], "to evaluate on is masked: use"),
     (["--eval-fraction", 0, "--eval-mlm-probability", 0.2], "--eval-mlm-probability has no effect"),
     (["--eval-fraction", 0, "--eval-every", 5], "--eval-every has no effect: there is no text"),
     (["--eval-fraction", 0, "--no-eval-first"], "--no-eval-first has no effect: there is no text"),
@@ -230,7 +232,8 @@ FILES = [
     ("nested.jsonl", "no column 'text'; it has answers"),
     ("columns.csv", "no column 'text'; it has a, b"),
     ("number.csv", "too few for one row of 16"),
-    ("headed.csv", "no data"),
+    ("headed.csv", "headed.csv: there is no text in it"),
+    ("empty.csv.gz", "empty.csv.gz: there is no text in it"),
     ("ragged.csv", "ragged.csv: row 2 has 3 fields, the header 1: quote texts"),
     ("not.parquet", "not.parquet: ArrowInvalid: Parquet file size is 5 bytes"),
     ("short.txt.gz", "short.txt.gz: EOFError: Compressed file ended"),

@@ -62,10 +62,9 @@ def test_the_batch_size_changes_nothing_but_rounding(model, rows, monkeypatch, r
 
 
 def test_a_batch_is_as_wide_as_its_longest_row(rows):
-    collator = Collator(TOKENIZER, **CONFIG.masking.of_collator())
     lengths = np.diff(rows.starts)
-    for number, batch in enumerate(masked_batches(rows, collator, 2)):
-        assert batch.labels.shape[1] == max(lengths[2 * number : 2 * number + 2])
+    for number, batch in enumerate(masked_batches(TOKENIZER, rows, CONFIG)):
+        assert batch.labels.shape[1] == max(lengths[3 * number : 3 * number + 3])
 
 
 def test_a_loss_that_no_perplexity_fits(model, rows):

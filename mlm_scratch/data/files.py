@@ -33,6 +33,7 @@ FILE_KINDS = {
     ".parquet": "parquet",
 }
 SAMPLE = 1000  # rows that show which columns are text
+NO_ROWS = 'SchemaInferenceError|"train" corresponds to no data'  # how `datasets` says it
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
@@ -110,8 +111,8 @@ def errors_of(source: str) -> Iterator[None]:
     ) as error:
         if is_own_fault(error):
             raise
-        if "SchemaInferenceError" in repr(error.__cause__):  # raised for a file without any row
-            raise UserError(f"cannot load {source}: there is no text in it") from error
+        if re.search(NO_ROWS, f"{error!r} {error.__cause__!r}"):
+            raise no_text(source) from error
         while error.__cause__ is not None:  # datasets wraps the parser's own error
             error = error.__cause__
         raise UserError(f"cannot load {source}: {type(error).__name__}: {error}") from error
@@ -132,7 +133,7 @@ def _stage_all(
         return paths, files
     sizes = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
     if not any(sizes):  # `datasets` cannot read a parquet file without rows
-        raise UserError(f"cannot load {paths[0]}: there is no text in it")
+        raise no_text(paths[0])
     return (
         tuple(path for path, size in zip(paths, sizes, strict=True) if size),
         [file for file, size in zip(files, sizes, strict=True) if size],
@@ -222,6 +223,8 @@ def _csv_columns(path: str, file: Path, streaming: bool) -> tuple[list[str], lis
     with io.TextIOWrapper(open_unpacked(file), encoding="utf-8-sig", newline="") as opened:
         rows = csv.reader(opened)
         names = next((row for row in rows if row), [])
+        if not names:
+            raise no_text(path)
         if len(names) == 1 and re.search(r"[;\t]", names[0]):
             raise UserError(f"{path}: no commas in the header {shortened(names[0])}: use commas")
         texts = set()
@@ -259,6 +262,11 @@ def choose_column(source: str, names: list[str], texts: list[str]) -> str:
         print(f"text column: {texts[0]}, the only one of {source} that is text")
         return texts[0]
     raise no_column(source, "text", names)
+
+
+def no_text(source: str) -> UserError:
+    """Build the error that reports a source without any text."""
+    return UserError(f"cannot load {source}: there is no text in it")
 
 
 def no_column(source: str, column: str, names: list[str]) -> UserError:

@@ -19,6 +19,7 @@ from mlm_scratch.data.documents import (
 from mlm_scratch.data.rows import PreparedRows, Source, prepare_rows
 from mlm_scratch.data.stream import ShardedStream
 from mlm_scratch.data.tables import read_words
+from mlm_scratch.evaluate import masked_batches
 from mlm_scratch.hf.hub import model_commit, model_digest
 from mlm_scratch.hf.load import load_tokenizer_and_model
 from mlm_scratch.parallel.ranks import Ranks
@@ -45,7 +46,11 @@ class Loaded(NamedTuple):
 
 
 def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
-    """Load tokenizer, model, the rows to train on and to evaluate on; print what is read."""
+    """Load tokenizer, model, the rows to train on and to evaluate on; print what is read.
+
+    Raises:
+        UserError: something cannot be read, or is not what the run was begun with.
+    """
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     if checkpoint is None and config.model.model_commit is None:
         commit = model_commit(config.model.name, config.model.revision)
@@ -53,6 +58,9 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     with announced("looking up the text"):
         documents, first = load_documents(config)
         others = {} if first is None else {"": first, **load_more_to_evaluate_on(config)}
+    if not others and (config.evaluation.best or config.evaluation.patience):
+        flag = "--best" if config.evaluation.best else "--patience"
+        raise UserError(f"{flag} needs an evaluation loss: pass --eval-file or --eval-fraction")
     words = (
         read_words(config.model.add_tokens) if config.model.add_tokens and not checkpoint else []
     )
@@ -66,12 +74,19 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     else:
         source = prepare_rows(documents, tokenizer, config)
     eval_rows = {name: prepare_rows(other, tokenizer, config) for name, other in others.items()}
+    for name, rows in eval_rows.items():
+        if not any(len(batch.positions) for batch in masked_batches(tokenizer, rows, config)):
+            raise UserError(
+                f"{others[name].source}: none of the {len(rows.tokens):,} tokens to evaluate on is "
+                "masked: use more text, or a higher --eval-mlm-probability"
+            )
     in_both = {}
     if not config.text.streaming:
         in_both = {name: count_shared(documents, other) for name, other in others.items()}
     print(f"text: {what_was_read(config, documents, source, others, in_both)}")
     labels = {
-        "evaluation" + f", {name}" * bool(name): other.label for name, other in others.items()
+        f"evaluation, {name}" if name else "evaluation": other.label
+        for name, other in others.items()
     }
     return Loaded(
         tokenizer,
