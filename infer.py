@@ -36,7 +36,7 @@ def main() -> None:
         from mlm_scratch.hf.encode import use_own_mask
         from mlm_scratch.hf.load import load_model, load_tokenizer
         from mlm_scratch.inference.generate import generate
-        from mlm_scratch.inference.output import Output
+        from mlm_scratch.inference.output import Output, harmless
         from mlm_scratch.inference.pairs import judge, lines_of, read_pairs
         from mlm_scratch.inference.score import METHODS
         from mlm_scratch.precision import choose_precision
@@ -64,7 +64,7 @@ def main() -> None:
         n, remask = arguments.generate, arguments.remask
         rounds = (generate(model, tokenizer, text, n, remask) for text in texts or [""])
         for line in chain.from_iterable(rounds):
-            print(line, flush=True)
+            print(harmless(line), flush=True)
         return
     output = Output(
         model,

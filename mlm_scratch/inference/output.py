@@ -19,6 +19,7 @@ from mlm_scratch.inference.score import score_sentence
 from mlm_scratch.util.errors import UserError
 from mlm_scratch.util.progress import progress_bar
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and newlines
 BATCH_SIZE = 8
 BAR_WIDTH = 20
 
@@ -70,7 +71,7 @@ class Output:
         with progress_bar(total=len(texts), unit=" texts", leave=False, disable=no_bar) as bar:
             for start in range(0, len(texts), size):
                 batch = texts[start : start + size]
-                lines = list(lines_of(batch))
+                lines = [harmless(line) for line in lines_of(batch)]
                 with bar.external_write_mode():
                     print(*lines, sep="\n")
                 bar.update(len(batch))
@@ -195,6 +196,11 @@ class Output:
     def _ids(self, text: str) -> Tensor:
         inputs = encode(self.model, self.tokenizer, [text], self.truncate)
         return inputs["input_ids"][0]  # (T,)
+
+
+def harmless(line: str) -> str:
+    """Spell control characters, which a terminal would obey: a text or a model may have some."""
+    return CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", line)
 
 
 def line_of(fill: dict) -> str:

@@ -11,6 +11,7 @@ from mlm_scratch.fill_mask import fill_mask
 from mlm_scratch.hf import encode
 from mlm_scratch.hf.load import load_model, load_tokenizer
 from mlm_scratch.inference.joint import ORDERS, fill_jointly
+from mlm_scratch.inference.output import harmless
 
 TEXT = "The <mask> Way is a <mask> galaxy."
 
@@ -33,6 +34,15 @@ def test_many_lines_have_the_fills_of_single_texts(directory, call, rows_of_each
             (score, *words), (score_alone, *words_alone) = one.split(), other.split()
             assert words == words_alone
             assert float(score) == pytest.approx(float(score_alone), rel=1e-3)
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(directory, call):
+    title = "a \33]0;title\7 <mask>"
+    code, out, _ = call(infer, "--model", directory, "--targets", "\33", "--", title)
+    text, fill, *_ = out.splitlines()
+    assert code == 0 and text == "a \\x1b]0;title\\x07 <mask>"
+    assert fill.endswith("a \\x1b]0;title\\x07\\x1b")
+    assert "\33" not in out and "\7" not in out
 
 
 def test_a_target_after_a_space_includes_it_except_in_json(directory, call):
@@ -79,7 +89,7 @@ def test_joint_and_score_print_their_results(directory, call):
         fills = fill_jointly(model, tokenizer, TEXT, order, top_k=2)
         for line, fill in zip(shown, fills, strict=True):
             assert float(line.split()[0]) == pytest.approx(fill.score, rel=1e-3)
-            assert line.endswith(fill.sequence)
+            assert line.endswith(harmless(fill.sequence))
     _, out, _ = call(infer, "--model", directory, "--score", "The Milky Way is a spiral galaxy.")
     *tokens, total = out.splitlines()[1:-1]
     scores = [float(line.split()[0]) for line in tokens]
@@ -117,4 +127,4 @@ def test_step_by_step_shows_the_same_fills(directory, call):
         assert str(tokenizer(text)["input_ids"]) in steps
         fills = fill_mask(model, tokenizer, text, top_k=2)
         for mask_fills in fills if isinstance(fills[0], list) else [fills]:
-            assert all(f"{f['score']:<9.4g} {f['sequence']}" in steps for f in mask_fills)
+            assert all(f"{f['score']:<9.4g} {harmless(f['sequence'])}" in steps for f in mask_fills)
