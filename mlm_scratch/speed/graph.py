@@ -108,7 +108,7 @@ class StepGraph:
         stream = torch.cuda.current_stream()
         dropout = torch.cuda.default_generators[n_masked.device.index]
         dropout_before = dropout.clone_state()
-        reasons = []
+        reason = ""
         try:
             # Other threads may go on using the GPU: a checkpoint is written in the background.
             with (
@@ -118,14 +118,14 @@ class StepGraph:
                 try:
                     results = compute(held, n_held)
                 except Exception as error:  # the model makes the CPU wait, for example
-                    reasons.append(first_line(error))  # to end the capture may fail, too, therefore
+                    reason = first_line(error)  # the end of the capture may raise another error
                     raise
         except Exception as error:
             torch.cuda.set_stream(stream)
             dropout.graphsafe_set_state(dropout_before)  # else it stays in capture mode
             optimizer.zero_grad()
             scaler.update(scaler.get_scale())  # else its gradients stay "unscaled already"
-            reason, *_ = [*reasons, first_line(error)]
+            reason = reason or first_line(error)
             print(f"warning: steps are not replayed as a CUDA graph: {reason}", file=sys.stderr)
         else:
             self.graph, self.inputs, self.results = graph, tensors_of(held, n_held), results
