@@ -170,14 +170,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--streaming", "--max-steps", "2"]], ids=str)
-def test_both_run_without_what_only_unix_has(files, flags):
+def test_both_run_without_what_only_unix_has(files):
     """As on Windows: no fcntl, no process groups, no SIGPIPE, no right to make links."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for script, *arguments in (
-        ["train.py", *small_flags(files), *flags],
+        ["train.py", *small_flags(files)],
         ["infer.py", MILKY_WAY],
         ["train.py", "--resume", "--max-steps", 99],
+        ["train.py", *small_flags(files), "--streaming", "--max-steps", 2],
     ):
         command = [sys.executable, "-c", OTHER_SYSTEM, ROOT / script, *arguments]
         result = subprocess.run(

@@ -184,7 +184,6 @@ def step_lines(t: Training) -> Iterator[str]:
     warm_up = graph.WARM_UP + 1 if warms_up_long else WARM_UP
     n_steps, seconds, losses = min(warm_up + TIMED, t.total_steps), [], []
     tokens, positions = 0, 0
-    evaluation = _seconds_of_evaluation(t)
     with out_of_memory_means(smaller_batches(t)):
         begin = time.perf_counter()
         for done in loop.run_steps(t.loader.steps(0, n_steps), **t.step_arguments()):
@@ -193,6 +192,7 @@ def step_lines(t: Training) -> Iterator[str]:
             seconds.append(time.perf_counter() - begin)
             tokens, positions = tokens + done.step.n_tokens, positions + _positions(done.step)
             begin = time.perf_counter()
+    evaluation = _seconds_of_evaluation(t)  # after the steps, beside whose memory it has to fit
     timed = seconds[warm_up:]
     median = statistics.median(timed or seconds)
     which = (

@@ -82,11 +82,12 @@ def call(environment, *arguments, script="train.py"):
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_completely_against_the_hub(hub, home):
+def test_auto_takes_the_tutorial_if_the_hub_answers_and_it_runs_to_the_end(hub, home):
     token = "hf_" + 34 * "x"
     with hub:
-        run = call(hub.environment(home) | {"HF_TOKEN": token}, "--recipe", "tutorial")
+        run = call(hub.environment(home) | {"HF_TOKEN": token})
     assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("recipe tutorial: the Hugging Face Hub answers\n")
     written = b"".join(path.read_bytes() for path in Path("runs").rglob("*") if path.is_file())
     assert len(written) > 10**5 and token.encode() not in written
     assert token not in run.stdout + run.stderr
@@ -155,14 +156,6 @@ def test_a_revision_is_pinned_and_a_resume_loads_what_the_run_was_begun_with(tmp
         assert commits_of("stream") == [first[0], commits[1]]
         unknown = call(environment, *flags, "--revision", "v9")
         assert unknown.returncode == 2 and len(unknown.stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_auto_takes_the_tutorial_if_the_hub_answers(hub, home):
-    with hub:
-        run = call(hub.environment(home), "--max-steps", "2")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("recipe tutorial: the Hugging Face Hub answers\n")
 
 
 @pytest.mark.slow
