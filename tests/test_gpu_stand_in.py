@@ -40,6 +40,7 @@ from mlm_scratch.model import MaskedLM
 from mlm_scratch.precision import Precision
 from mlm_scratch.report.log import NoReport
 from mlm_scratch.report.metrics import read_metrics
+from mlm_scratch.run import session
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
 from mlm_scratch.run.signals import StopRequest
@@ -49,10 +50,10 @@ from mlm_scratch.speed.graph import WARM_UP
 from mlm_scratch.util.runs import MODEL, checkpoints
 from tests.support.fake_gpu import FakeGpu, Record, environment, fake_gpu, why_not
 from tests.support.processes import TIMEOUT, forget_after
-from tests.support.same import WEIGHTS
+from tests.support.same import WEIGHTS, assert_same_run
 from tests.support.tiny import NO_DROPOUT, save_files, small_config
 
-pytestmark = pytest.mark.slow  # its process takes 20 s
+pytestmark = pytest.mark.slow  # its process takes 40 s
 MUST_RUN = "MLM_SCRATCH_NEED_STAND_IN"  # if it is set, a skip is a failure
 
 # ---- What one optimizer step does, without logging, evaluation or a checkpoint: settings, waits,
@@ -379,6 +380,11 @@ def test_a_step_that_cannot_be_captured_is_computed(found, name):
     assert f"not replayed as a CUDA graph: {NOT_CAPTURED[name]}" in found["stderr"]
 
 
+def test_runs_with_and_without_a_graph_resume_into_each_other(found):
+    """In fp16 with dropout: metrics, checkpoints and weights are the same, bit for bit."""
+    assert result_of(found, "resume graph") == [True, False, True, True, False]
+
+
 def test_a_step_that_overflows_is_skipped(found):
     result = result_of(found, "overflow")
     rates = [line["learning_rate"] for line in result["gpu"] if "loss" in line]
@@ -475,6 +481,7 @@ def scenarios(files: Path) -> dict[str, Callable[[], Any]]:
         },
         **{f"run {name}": partial(whole_runs, files, name) for name in ("fp32", "bf16", "fp16")},
         "overflow": partial(whole_runs, files, "fp16", init_scale=2.0**40),
+        "resume graph": partial(resumed_with_and_without_a_graph, files),
         "resume cpu cuda": partial(resumed_run, files, "cpu", "cuda"),
         "resume cuda cpu": partial(resumed_run, files, "cuda", "cpu"),
         **{name: partial(predictions, files / "model", name) for name in PREDICTIONS},
@@ -714,6 +721,30 @@ def resumed_run(files: Path, begun: str, ended: str) -> Any:
         (group, _) = t.optimizer.param_groups
         rate = group["lr"].device.type if isinstance(group["lr"], Tensor) else "a number"
     return compared(on_both, on_cpu) | {"rate": [rate, group["capturable"]]}
+
+
+def resumed_with_and_without_a_graph(files: Path) -> list[bool]:
+    """Train for 12 steps; and for 6 without a graph, then for 6 with one, and the reverse.
+
+    Returns:
+        which of the five runs captured a graph.
+    """
+    files = save_files(Path(tempfile.mkdtemp(dir=".")))  # with dropout
+    settings: dict[str, Any] = {"max_steps": 12, "log_every": 1, "save_every": 6, "keep": 9}
+    settings |= {"device": "cuda", "precision": "fp16"}
+    prepared = []
+
+    def noted(*arguments: Any) -> Any:
+        prepared.append(prepare(*arguments))
+        return prepared[-1]
+
+    with fake_gpu(), patch.object(session, "prepare", noted):
+        whole = train(small_config(files, **settings))
+        for no_graph in (True, False):
+            config = small_config(files, no_graph=no_graph, output_dir=f"{no_graph}", **settings)
+            forget_after(6, train(config))
+            assert_same_run(whole, train(changed(config, no_graph=not no_graph), resume=True))
+    return [getattr(t.compute, "graph", None) is not None for t in prepared]
 
 
 def compared(on_gpu: Path, on_cpu: Path) -> dict[str, Any]:
