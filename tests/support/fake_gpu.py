@@ -34,9 +34,8 @@ from torch.optim.optimizer import _foreach_supported_types as OPTIMIZED
 from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _foreach_supported_types as CLIPPED
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from tests.support.recorded import Recorded
+from tests.support.recorded import Recorded, leaves, mapped
 
 SHIM, LIBRARY = Path(__file__).with_suffix(".cpp"), "libfakegpu.so"
 ROOT = Path(__file__).parents[2]
@@ -265,7 +264,7 @@ class FakeGpu(TorchDispatchMode):
 
     def note_wait(self, op: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note a wait within an operator."""
-        if not any(isinstance(leaf, GpuTensor) for leaf in tree_leaves((args, kwargs))):
+        if not any(isinstance(leaf, GpuTensor) for leaf in leaves((args, kwargs))):
             return
         if op in WAITS:
             self.wait(WAITS[op])
@@ -318,8 +317,8 @@ class TensorsFromData(TorchFunctionMode):
 def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call an operator on the numbers of its arguments; return tensors on the device it names."""
     kwargs = dict(kwargs)
-    leaves = tree_leaves((args, kwargs))
-    wrappers = {id(leaf.numbers): leaf for leaf in leaves if isinstance(leaf, GpuTensor)}
+    gpu_tensors = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, GpuTensor)]
+    wrappers = {id(tensor.numbers): tensor for tensor in gpu_tensors}
     target = kwargs.get("device")
     if target is not None:
         kwargs["device"] = CPU
@@ -340,8 +339,8 @@ def compute(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             raise NotImplementedError(f"{func} changes the shape of a tensor in place")
         return GpuTensor(leaf) if wrapper is None else wrapper
 
-    result = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs))
-    return tree_map(on_device, result)
+    result = func(*mapped(unwrapped, args), **mapped(unwrapped, kwargs))
+    return mapped(on_device, result)
 
 
 def check_devices(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -349,13 +348,13 @@ def check_devices(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
     A tensor of no dimensions may lie on the CPU, and so may the indices of a tensor on the GPU.
     """
-    if not any(isinstance(leaf, GpuTensor) for leaf in tree_leaves((args, kwargs))):
+    if not any(isinstance(leaf, GpuTensor) for leaf in leaves((args, kwargs))):
         return
     generator = kwargs.get("generator")
     if generator is not None and generator.device.type == "cpu":
         raise RuntimeError(f"{func}: expected a generator on cuda, found one on cpu")
     may_index = func.overloadpacket in INDEXING and isinstance(args[0], GpuTensor)
-    checked = tree_leaves((args[2:] if may_index else args, kwargs))
+    checked = leaves((args[2:] if may_index else args, kwargs))
     on_cpu = [x for x in checked if isinstance(x, Tensor) and not isinstance(x, GpuTensor)]
     is_strict = func.overloadpacket.__name__.startswith(STRICT)
     changed = [
