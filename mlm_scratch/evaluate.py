@@ -63,10 +63,9 @@ def evaluate(
             n_masked += len(batch.positions)
             if turn != ranks.rank:
                 continue
+            batch = arrange(batch).to(precision.device)
             with precision.autocast():
-                logits, labels = model.masked_logits(
-                    arrange(batch).to(precision.device)
-                )  # (N, V), (N,)
+                logits, labels = model.masked_logits(batch)  # (N, V), (N,)
             correct = (logits.argmax(dim=1) == labels).sum()  # ()
             sums.append(torch.stack([cross_entropy_sum(logits, labels), correct]))  # (2,)
     totals = torch.zeros(2, dtype=torch.float64)  # added up on the CPU: not every GPU has fp64

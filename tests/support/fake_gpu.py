@@ -174,7 +174,7 @@ class FakeGpu(TorchDispatchMode):
     def __init__(self, answer: bool | None = None):
         super().__init__()
         self.answer, self.record = answer, Record()
-        self.is_capturing = False
+        self.is_capturing = self.is_invalid = False
         self.pinned: dict[int, StorageWeakRef] = {}  # by the address of the memory
 
     def begin(self) -> Record:
@@ -189,17 +189,20 @@ class FakeGpu(TorchDispatchMode):
 
     @contextlib.contextmanager
     def capture(self, graph: Recorded, capture_error_mode: str = "global") -> Iterator[None]:
-        """Capture a CUDA graph, as torch.cuda.graph does."""
-        self.is_capturing = True
+        """Capture a CUDA graph, as torch.cuda.graph does: what is not permitted makes it fail."""
+        self.is_capturing, self.is_invalid = True, False
         try:
             with graph:
                 yield
         finally:
             self.is_capturing = False
+            if self.is_invalid:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     def check_not_capturing(self) -> None:
         """Raise RuntimeError if what the CPU would wait for is only being captured."""
         if self.is_capturing:
+            self.is_invalid = True
             raise RuntimeError("operation not permitted when stream is capturing")
 
     def copy(self, source: Tensor, non_blocking: bool) -> None:
