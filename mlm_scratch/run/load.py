@@ -74,12 +74,8 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     else:
         source = prepare_rows(documents, tokenizer, config)
     eval_rows = {name: prepare_rows(other, tokenizer, config) for name, other in others.items()}
-    for name, rows in eval_rows.items():
-        if not any(len(batch.positions) for batch in masked_batches(tokenizer, rows, config)):
-            raise UserError(
-                f"{others[name].source}: none of the {len(rows.tokens):,} tokens to evaluate on is "
-                "masked: use more text, or a higher --eval-mlm-probability"
-            )
+    if checkpoint is None:  # an earlier version began runs without this check
+        check_some_are_masked(config, tokenizer, others, eval_rows)
     in_both = {}
     if not config.text.streaming:
         in_both = {name: count_shared(documents, other) for name, other in others.items()}
@@ -99,6 +95,21 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         {"training": documents.label, **labels},
         with_versions(config, documents, source, eval_rows, checkpoint),
     )
+
+
+def check_some_are_masked(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    others: dict[str, Documents],
+    eval_rows: dict[str, PreparedRows],
+) -> None:
+    """Raise UserError for a text to evaluate on of which no token is masked: its loss is NaN."""
+    for name, rows in eval_rows.items():
+        if not any(len(batch.positions) for batch in masked_batches(tokenizer, rows, config)):
+            raise UserError(
+                f"{others[name].source}: none of the {len(rows.tokens):,} tokens to evaluate on is "
+                "masked: use more text, or a higher --eval-mlm-probability"
+            )
 
 
 def what_was_read(
