@@ -148,8 +148,9 @@ class Loader:
         for step in range(first, last):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if step_of_epoch == 0:
-                # torch's DataLoader draws a number per epoch from the CPU's global generator, which
-                torch.empty((), dtype=torch.int64).random_()  # dropout on a CPU uses, too
+                # torch's DataLoader draws a number per epoch from the CPU's global generator. So do
+                # we, or dropout on a CPU would differ from Trainer's.
+                torch.empty((), dtype=torch.int64).random_()
             if step_of_epoch == 0 or order is None:
                 order = epoch_order(len(self.rows), self.seed, epoch)  # (rows,)
             start = step_of_epoch * self.rows_per_step
@@ -225,7 +226,10 @@ class Collator:
     def mask(
         self, input_ids: Tensor, special: Tensor, word_ids: Tensor | None, rate: float
     ) -> tuple[Tensor, Tensor]:
-        """Mask (B, T) ids: return what the model sees, and labels. Override for another masking."""
+        """Mask (B, T) ids: return what the model sees, and labels. Override for another masking.
+
+        Whole words: `word_ids` are equal for neighbouring tokens of a word, -1 at special tokens.
+        """
         return mask_tokens(
             input_ids,
             special,

@@ -54,7 +54,7 @@ def compute_step(
     scaler.unscale_(optimizer)  # undo the scaling before measuring the norm
     grad_norm = clip_grad_norm_(model.parameters(), max_grad_norm)  # ()
     scaler.step(optimizer)  # skipped if any gradient is inf or NaN
-    scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 others in a row
+    scaler.update()  # halves the scale after a skipped step, doubles it after 2,000 others
     optimizer.zero_grad()
     return loss, grad_norm
 

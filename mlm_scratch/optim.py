@@ -54,7 +54,7 @@ def build_schedule(
     Args:
         optimizer: whose rate it sets.
         share: step -> share of the peak rate; see `share_of_peak`.
-        scheduled_steps: steps done before, if a run is resumed.
+        scheduled_steps: steps done before, if a run is resumed; the optimizer's state is, too.
     """
     return LambdaLR(optimizer, share, scheduled_steps - 1)
 

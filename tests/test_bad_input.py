@@ -200,7 +200,10 @@ FLAGS = [
         ["--eval-fraction", 0, "--eval-batch-size", 4],
         "--eval-batch-size has no effect: there is no",
     ),
-    (["--eval-file", "good.txt", "--eval-mlm-probability", 1e-9], "to evaluate on is masked: use"),
+    (
+        ["--eval-file", "good.txt", "--eval-mlm-probability", 1e-9, "--best"],
+        "--best needs an evaluation loss, but no token of ",
+    ),
     (["--eval-fraction", 0, "--eval-mlm-probability", 0.2], "--eval-mlm-probability has no effect"),
     (["--eval-fraction", 0, "--eval-every", 5], "--eval-every has no effect: there is no text"),
     (["--eval-fraction", 0, "--no-eval-first"], "--no-eval-first has no effect: there is no text"),

@@ -56,6 +56,23 @@ def test_rows_are_padded_to_the_longest_of_their_step():
     assert (batch.labels.flatten()[batch.positions] != IGNORE).all()
 
 
+def test_words_end_at_gaps_and_special_tokens():
+    """A special token ends a word even where the text has no gap after it."""
+    given = []
+
+    class Noting(Collator):
+        def mask(self, input_ids, special, word_ids, rate):
+            given.append(word_ids)
+            return super().mask(input_ids, special, word_ids, rate)
+
+    special = ToyTokenizer.all_special_ids[0]
+    tokens = np.array([special, 11, 12, 13, special, 14, 15], np.uint16)
+    gap_before = np.array([0, 0, 0, 1, 0, 0, 0], bool)
+    rows = TokenRows(tokens, np.array([0, 7]), gap_before)
+    Noting(ToyTokenizer())(rows, np.array([0]))
+    assert given[0].tolist() == [[-1, 0, 0, 1, -1, 1, 1]]
+
+
 def test_padding_is_never_masked_even_if_its_id_is_a_word():
     """A tokenizer without a padding token: id 0, which fills the gaps, is a word."""
     tokenizer = ToyTokenizer()

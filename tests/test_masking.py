@@ -131,9 +131,9 @@ def test_the_tokens_of_a_word_get_the_same_treatment():
         assert treated.all(-1).sum().item() / words == pytest.approx(share, abs=0.03)  # sd <= 0.008
 
 
-def test_words_end_at_gaps_and_special_tokens():
+def test_words_end_where_ids_change_and_at_special_tokens():
     special = torch.tensor([1, 0, 0, 0, 1, 0, 0]).expand(1000, 7)
-    word_ids = torch.tensor([1, 1, 1, 2, 2, 2, 2]).expand(1000, 7)  # a gap before the fourth token
+    word_ids = torch.tensor([1, 1, 1, 2, 2, 2, 2]).expand(1000, 7)
     _, labels = mask_tokens(
         special, special, mask_token_id=9, vocab_size=9, mlm_probability=0.5, word_ids=word_ids
     )

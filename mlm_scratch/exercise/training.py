@@ -43,7 +43,8 @@ def train_beside_the_chapter(chapter: str, solution: Any, steps: int = STEPS) ->
             PLUGS[chapter](t, own, arguments)
         losses = run(t, arguments, f"training with {name}")
         scores = evaluate(t.model, t.tokenizer, t.eval_rows[""], config, t.precision)
-        runs[name] = [*losses, scores["eval_loss"] if scores else float("nan")]
+        assert scores is not None  # nothing stops it
+        runs[name] = [*losses, scores["eval_loss"]]
         fill = own.fill_mask if own is not None and chapter == "fill_mask" else fill_mask
         fills[name] = [best(fill, t, prompt) for prompt in PROMPTS]
     shown = max(1, steps // ROWS_SHOWN)

@@ -199,7 +199,7 @@ class Output:
 
 
 def harmless(line: str) -> str:
-    """Spell control characters, which a terminal would obey: a text or a model may have some."""
+    """Spell out the control characters of a text or a fill: a terminal would obey them."""
     return CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", line)
 
 

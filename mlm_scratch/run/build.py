@@ -44,17 +44,18 @@ def prepare(config: TrainConfig, checkpoint: Path | None = None, ranks: Ranks = 
     with ranks.rank0_first(), old_objects_apart():
         loaded = load(config, checkpoint, ranks)
     tokenizer, hf_model, source = loaded.tokenizer, loaded.hf_model, loaded.source
-    config, machine, optimization = loaded.config, loaded.config.machine, loaded.config.optimization
+    config = loaded.config
     watched = read_watched(config.evaluation.watch, hf_model, tokenizer)
     if precision.device.type == "cpu":
         keep_freed_memory()
     with announced("finding out what the model can do"):
         model = adapt(hf_model, config, ranks)
     why = ""
-    if machine.precision == "auto" and precision.device.type == "cpu":
+    if config.machine.precision == "auto" and precision.device.type == "cpu":
         chosen, reason = ranks.rank0_decides(lambda: precision_on_cpu(model))
         config, why = changed(config, precision=chosen), f" ({reason})"  # a resume keeps to it
-        precision = choose_precision(machine.device, chosen)
+        precision = choose_precision(config.machine.device, chosen)
+    machine, optimization = config.machine, config.optimization
     print(
         f"model: {type(hf_model).__name__} ({_origin(config.model)}), "
         f"{hf_model.num_parameters():,} parameters, on {precision}{why}, "

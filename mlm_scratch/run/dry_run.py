@@ -192,7 +192,6 @@ def step_lines(t: Training) -> Iterator[str]:
             seconds.append(time.perf_counter() - begin)
             tokens, positions = tokens + done.step.n_tokens, positions + _positions(done.step)
             begin = time.perf_counter()
-    evaluation = _seconds_of_evaluation(t)  # after the steps, beside whose memory it has to fit
     timed = seconds[warm_up:]
     median = statistics.median(timed or seconds)
     which = (
@@ -208,6 +207,7 @@ def step_lines(t: Training) -> Iterator[str]:
         f"{tokens / n_steps / median:,.0f} tokens/s; padding is "
         f"{1 - tokens / (positions * t.ranks.size):.1%} of what is computed"
     )
+    evaluation = _seconds_of_evaluation(t)  # after the steps, beside whose memory it has to fit
     yield from _memory_line(t)
     line = f"to the end: {tqdm.format_interval(median * t.total_steps)} of steps"
     if evaluation:

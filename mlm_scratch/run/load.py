@@ -42,15 +42,18 @@ class Loaded(NamedTuple):
     shared_share: float  # of the documents to evaluate on, those that are in the training text, too
     answers: dict[str, tuple[str, ...]]  # sentences that ask for what the text says (documents.py)
     labels: dict[str, str]  # what is read for training and evaluation, with its version
-    config: TrainConfig  # with the commits that the Hub had: a resume loads the same
+    config: TrainConfig  # with the versions of all of it: a resume has to read the same
 
 
 def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     """Load tokenizer, model, the rows to train on and to evaluate on; print what is read.
 
     Raises:
-        UserError: something cannot be read, or is not what the run was begun with.
+        UserError: something cannot be read, does not fit the settings, or is not what the run was
+            begun with.
     """
+    evaluation, add_tokens = config.evaluation, config.model.add_tokens
+    chooses = "--best" if evaluation.best else "--patience" if evaluation.patience else ""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     if checkpoint is None and config.model.model_commit is None:
         commit = model_commit(config.model.name, config.model.revision)
@@ -58,12 +61,13 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     with announced("looking up the text"):
         documents, first = load_documents(config)
         others = {} if first is None else {"": first, **load_more_to_evaluate_on(config)}
-    if not others and (config.evaluation.best or config.evaluation.patience):
-        flag = "--best" if config.evaluation.best else "--patience"
-        raise UserError(f"{flag} needs an evaluation loss: pass --eval-file or --eval-fraction")
-    words = (
-        read_words(config.model.add_tokens) if config.model.add_tokens and not checkpoint else []
-    )
+    config = changed(config, dataset_commit=documents.commit)
+    if config.model.revision and not (config.model.model_commit or documents.commit):
+        raise UserError("--revision: neither the model nor the data set is from the Hub")
+    if chooses and first is None:
+        text = "--eval-file" if config.text.streaming else "--eval-file or --eval-fraction"
+        raise UserError(f"{chooses} needs an evaluation loss: pass {text}")
+    words = read_words(add_tokens) if add_tokens and checkpoint is None else []
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
     texts = islice(documents, TEXTS_OF_TOKENIZER) if config.text.streaming else documents
     with announced("loading tokenizer and model"):
@@ -74,8 +78,13 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     else:
         source = prepare_rows(documents, tokenizer, config)
     eval_rows = {name: prepare_rows(other, tokenizer, config) for name, other in others.items()}
-    if checkpoint is None:  # an earlier version began runs without this check
-        check_some_are_masked(config, tokenizer, others, eval_rows)
+    if chooses and not any(
+        len(batch.positions) for batch in masked_batches(tokenizer, eval_rows[""], config)
+    ):
+        raise UserError(
+            f"{chooses} needs an evaluation loss, but no token of {others[''].source} is masked: "
+            "use more text, or a higher --eval-mlm-probability"
+        )
     in_both = {}
     if not config.text.streaming:
         in_both = {name: count_shared(documents, other) for name, other in others.items()}
@@ -84,32 +93,18 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         f"evaluation, {name}" if name else "evaluation": other.label
         for name, other in others.items()
     }
+    shares = (shared / len(others[name]) for name, shared in in_both.items())
     return Loaded(
-        tokenizer,
-        hf_model,
-        documents,
-        source,
-        eval_rows,
-        max((shared / len(others[name]) for name, shared in in_both.items()), default=0.0),
-        {} if first is None else first.answers,
-        {"training": documents.label, **labels},
-        with_versions(config, documents, source, eval_rows, checkpoint),
+        tokenizer=tokenizer,
+        hf_model=hf_model,
+        documents=documents,
+        source=source,
+        eval_rows=eval_rows,
+        shared_share=max(shares, default=0.0),
+        answers={} if first is None else first.answers,
+        labels={"training": documents.label, **labels},
+        config=with_digests(config, source, eval_rows, checkpoint),
     )
-
-
-def check_some_are_masked(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    others: dict[str, Documents],
-    eval_rows: dict[str, PreparedRows],
-) -> None:
-    """Raise UserError for a text to evaluate on of which no token is masked: its loss is NaN."""
-    for name, rows in eval_rows.items():
-        if not any(len(batch.positions) for batch in masked_batches(tokenizer, rows, config)):
-            raise UserError(
-                f"{others[name].source}: none of the {len(rows.tokens):,} tokens to evaluate on is "
-                "masked: use more text, or a higher --eval-mlm-probability"
-            )
 
 
 def what_was_read(
@@ -136,19 +131,17 @@ def what_was_read(
     return text
 
 
-def with_versions(
+def with_digests(
     config: TrainConfig,
-    documents: Documents,
     source: Source,
     eval_rows: dict[str, PreparedRows],
     checkpoint: Path | None,
 ) -> TrainConfig:
-    """Add the versions of all that was read to the settings: a resume has to read the same.
+    """Add the digests of all that was read to the settings.
 
     Raises:
-        UserError: it does not; or nothing of it has the revision that was asked for.
+        UserError: a run that is resumed was begun with something else.
     """
-    config = changed(config, dataset_commit=documents.commit)
     digests = {"text_digest": source.text_digest, "eval_digest": _digest_of_all(eval_rows)}
     model = config.model
     if (checkpoint is None or model.model_digest is None) and model.name != BUNDLED:
@@ -157,8 +150,6 @@ def with_versions(
         digests["words_digest"] = checksum(Path(model.add_tokens))
     begun = flat(config)
     check_same_run({name: begun[name] for name in digests if begun[name] is not None}, digests)
-    if model.revision and not (model.model_commit or config.text.dataset_commit):
-        raise UserError("--revision: neither the model nor the data set is from the Hub")
     return changed(config, **digests)
 
 

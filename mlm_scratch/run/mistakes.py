@@ -46,11 +46,12 @@ def mistakes(loaded: Loaded, total_steps: int, steps_per_epoch: int) -> Iterator
             f"{shared:.0%} of the documents to evaluate on are in the training text, too: their "
             "loss measures memorization"
         )
-    for rows in loaded.eval_rows.values():
-        if (masked := len(rows.tokens) * config.evaluation.eval_mlm_probability) < FEW:
+    for name, rows in loaded.eval_rows.items():
+        n, which = rows.starts[-1], f" ({name})" if name else ""
+        if (masked := n * config.evaluation.eval_mlm_probability) < FEW:
             yield (
-                f"of the {len(rows.tokens):,} tokens to evaluate on about {masked:.0f} are masked, "
-                "too few for a loss: use more text, or a higher --eval-mlm-probability"
+                f"of the {n:,} tokens to evaluate on{which} about {masked:.2g} are masked, too few "
+                "for a loss: use more text, or a higher --eval-mlm-probability"
             )
     if isinstance(source, ShardedStream):
         files, shards = loaded.documents.rows.num_shards, len(source.positions)

@@ -231,7 +231,8 @@ class Training:
         self.steps_done, self.evaluations = state["steps_done"], dict(state["evaluations"])
         self.losses.load_state_dict(state)
         # The rate's tensor, on a GPU, stays in place; a run may be resumed on another device.
-        own = [{k: group[k] for k in ("lr", "capturable")} for group in self.optimizer.param_groups]
+        groups, kept = self.optimizer.param_groups, ("lr", "capturable")
+        own = [{name: group[name] for name in kept if name in group} for group in groups]
         self.vocabulary.load_optimizer_state(self.optimizer, state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, own, strict=True):
             group.update(values)

@@ -46,8 +46,8 @@ def steps_are_alike(config: TrainConfig, precision: Precision, ranks: Ranks) -> 
 def make_capturable(optimizer: Optimizer, device: torch.device) -> None:
     """Put the rate into a tensor on the GPU: as a Python number it would stay the captured one.
 
-    AdamW, "capturable", then has no number on the CPU that changes from step to step. Also with
-    --no-graph, for the same digits: a rate in fp64 would round otherwise.
+    With `capturable`, AdamW counts its steps there, too. Done for every run on a GPU, whose digits
+    depend on it: a Python number has more of them.
     """
     for group in optimizer.param_groups:
         rate = torch.full((), group["lr"], device=device)  # ()
@@ -60,7 +60,7 @@ class StepGraph:
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.computed: Counter[tuple[torch.Size, ...]] = Counter()  # steps, by their shapes
-        self.shapes: tuple[torch.Size, ...] = ()  # of the step that was captured, or failed to be
+        self.shapes: tuple[torch.Size, ...] = ()  # of the step that was captured, or could not be
         self.inputs: list[Tensor] = []  # that the graph reads: its batches, and n_masked
         self.results: tuple[Tensor, Tensor]  # that it writes: loss and norm
 
@@ -84,7 +84,7 @@ class StepGraph:
         inputs = tensors_of(batches, n_masked)
         shapes = tuple(x.shape for x in inputs)
         if not self.shapes and self.computed[shapes] == WARM_UP:
-            self.shapes = shapes  # tried once
+            self.shapes = shapes  # not tried again
             self._capture(compute, optimizer, scaler, batches, n_masked)
         if self.graph is None or shapes != self.shapes:
             self.computed[shapes] += 1

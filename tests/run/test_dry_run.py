@@ -167,7 +167,7 @@ MISTAKES = {
     ),
     "few masked": (
         {"eval_fraction": 0.2, "eval_mlm_probability": 0.01},
-        "of the 284 tokens to evaluate on about 3 are masked",
+        "tokens to evaluate on about 2.7 are masked",
     ),
     "files": (
         {"streaming": True, "max_steps": 3, "eval_fraction": 0.0},
