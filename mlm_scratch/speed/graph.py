@@ -79,6 +79,7 @@ class StepGraph:
         """
 
         def compute(batches: list[Batch], n_masked: Tensor) -> tuple[Tensor, Tensor]:
+            """Compute a step on these tensors."""
             return compute_step(model, optimizer, scaler, batches, n_masked, *options)
 
         inputs = tensors_of(batches, n_masked)
