@@ -35,6 +35,7 @@ def test_a_second_run_in_the_same_directory_is_refused(files, call):
     train(changed(settings, max_steps=5), resume=True)  # free again
 
 
+@pytest.mark.slow
 def test_of_two_runs_that_start_in_one_directory_one_trains(files):
     forks = [Fork(*small_flags(files), "--output-dir", "run", "--max-steps", 30) for _ in range(2)]
     ends = [fork.finish() for fork in forks]
