@@ -360,6 +360,11 @@ class EvaluationSettings(Section):
             )
 
     @property
+    def needs_loss(self) -> str:
+        """The flag that cannot do without an evaluation loss; "" if none is given."""
+        return "--best" if self.best else "--patience" if self.patience else ""
+
+    @property
     def files_by_name(self) -> dict[str, tuple[str, ...]]:
         """The files of each text to evaluate on, by its name ("" without one), in their order."""
         files: dict[str, tuple[str, ...]] = {}
@@ -446,6 +451,17 @@ class TrainConfig:
             raise UserError("--streaming needs --max-steps: a stream has no known length")
         if text.streaming and evaluation.eval_fraction and not evaluation.eval_file:
             raise UserError("--streaming cannot hold text out: evaluate on an --eval-file")
+        if (flag := evaluation.needs_loss) and self.no_eval_text:
+            raise UserError(f"{flag} needs an evaluation loss, but {self.no_eval_text}")
+
+    @property
+    def no_eval_text(self) -> str:
+        """That there is no text to evaluate on, and what to do about it; "" if there is one."""
+        given = self.evaluation
+        if given.eval_file or given.eval_split or given.eval_fraction != 0:
+            return ""
+        ways = "--eval-file" if self.text.streaming else "--eval-file or --eval-fraction"
+        return f"there is no text to evaluate on: add {ways}"
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -553,11 +569,8 @@ def check_effect(config: TrainConfig, given: Collection[str]) -> None:
         config: all settings.
         given: the names of the flags on the command line.
     """
-    evaluation = config.evaluation
-    has_text = bool(evaluation.eval_file or evaluation.eval_split or evaluation.eval_fraction != 0)
-    is_evaluated = has_text or bool(evaluation.watch)
-    ways = "--eval-file" if config.text.streaming else "--eval-file or --eval-fraction"
-    no_text = f"there is no text to evaluate on: add {ways}"
+    no_text = config.no_eval_text
+    has_text, is_evaluated = not no_text, not no_text or bool(config.evaluation.watch)
     for name, has_effect, why in (
         ("eval_batch_size", has_text, no_text),
         ("eval_mlm_probability", has_text, no_text),

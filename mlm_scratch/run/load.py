@@ -52,8 +52,6 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
         UserError: something cannot be read, does not fit the settings, or is not what the run was
             begun with.
     """
-    evaluation, add_tokens = config.evaluation, config.model.add_tokens
-    chooses = "--best" if evaluation.best else "--patience" if evaluation.patience else ""
     disable_progress_bar()  # transformers' own bars, of a second each, would break into ours
     if checkpoint is None and config.model.model_commit is None:
         commit = model_commit(config.model.name, config.model.revision)
@@ -64,9 +62,7 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     config = changed(config, dataset_commit=documents.commit)
     if config.model.revision and not (config.model.model_commit or documents.commit):
         raise UserError("--revision: neither the model nor the data set is from the Hub")
-    if chooses and first is None:
-        text = "--eval-file" if config.text.streaming else "--eval-file or --eval-fraction"
-        raise UserError(f"{chooses} needs an evaluation loss: pass {text}")
+    add_tokens = config.model.add_tokens
     words = read_words(add_tokens) if add_tokens and checkpoint is None else []
     # Only the bundled model's tokenizer is trained on them. A stream is too long for that.
     texts = islice(documents, TEXTS_OF_TOKENIZER) if config.text.streaming else documents
@@ -78,11 +74,11 @@ def load(config: TrainConfig, checkpoint: Path | None, ranks: Ranks) -> Loaded:
     else:
         source = prepare_rows(documents, tokenizer, config)
     eval_rows = {name: prepare_rows(other, tokenizer, config) for name, other in others.items()}
-    if chooses and not any(
+    if (flag := config.evaluation.needs_loss) and not any(
         len(batch.positions) for batch in masked_batches(tokenizer, eval_rows[""], config)
     ):
         raise UserError(
-            f"{chooses} needs an evaluation loss, but no token of {others[''].source} is masked: "
+            f"{flag} needs an evaluation loss, but no token of {others[''].source} is masked: "
             "use more text, or a higher --eval-mlm-probability"
         )
     in_both = {}

@@ -137,12 +137,17 @@ def test_patience_ends_a_run_that_no_longer_gets_better(files, losses, capsys):
 
 
 @pytest.mark.parametrize(
-    "flag, settings", [("--best", {"best": True}), ("--patience", {"patience": 1})]
+    "flag, settings, advice",
+    [
+        ("--best", {"best": True}, "--eval-file or --eval-fraction"),
+        ("--patience", {"patience": 1}, "--eval-file or --eval-fraction"),
+        ("--best", {"best": True, "streaming": True, "max_steps": 3}, "--eval-file"),
+    ],
 )
-def test_without_a_text_to_evaluate_on_nothing_can_be_the_best(files, flag, settings):
+def test_without_a_text_to_evaluate_on_nothing_can_be_the_best(files, flag, settings, advice):
     watch = ("Water <mask>.",)  # evaluations there are, but without a loss
-    with pytest.raises(UserError, match=f"{flag} needs an evaluation loss"):
-        train(small_config(files, watch=watch, **settings))
+    with pytest.raises(UserError, match=f"{flag} needs an evaluation loss, .* add {advice}$"):
+        small_config(files, watch=watch, **settings)
 
 
 def test_no_finite_loss_is_no_best(files, losses, capsys):

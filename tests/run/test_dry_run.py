@@ -13,6 +13,7 @@ from mlm_scratch.report.metrics import read_metrics
 from mlm_scratch.run import dry_run
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.session import train
+from mlm_scratch.run.state import Training
 from mlm_scratch.util.runs import checkpoints
 from tests.support.tiny import small_config, small_flags, write_text
 
@@ -123,6 +124,19 @@ def test_a_place_where_no_directory_can_be_made(tmp_path, files, call):
     flags = [*small_flags(files), "--output-dir", tmp_path / "file" / "run", "--dry-run"]
     code, _, err = call(command, *flags)
     assert code == 2 and "file is no directory to write to" in err
+
+
+def test_an_evaluation_is_tried_beside_the_memory_of_the_steps(files, capsys, monkeypatch):
+    """Gradients are gone by then; AdamW's moments are there."""
+    evaluate_on, moments = Training.evaluate_on, []
+
+    def noted(self, rows):
+        moments.append(len(self.optimizer.state))
+        return evaluate_on(self, rows)
+
+    monkeypatch.setattr(Training, "evaluate_on", noted)
+    told(capsys, small_config(files, eval_fraction=0.2))
+    assert moments and all(moments)
 
 
 def test_a_stream_is_tried_too(files, capsys):

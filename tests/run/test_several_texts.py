@@ -31,7 +31,7 @@ def texts(tmp_path):
 
 def config_of(files, *eval_file, **settings):
     settings = {"max_steps": 4, "eval_every": 2, **settings}
-    return changed(small_config(files, **settings), eval_fraction=None, eval_file=eval_file)
+    return changed(small_config(files), eval_fraction=None, eval_file=eval_file, **settings)
 
 
 def by_hand(run_dir, config, path):

@@ -10,10 +10,13 @@ import torch
 from mlm_scratch.config import changed
 from mlm_scratch.parallel.ranks import ALONE
 from mlm_scratch.precision import Precision
+from mlm_scratch.run import build
 from mlm_scratch.run.build import prepare
 from mlm_scratch.run.checkpoint import load_state
 from mlm_scratch.run.session import train
 from mlm_scratch.util.errors import UserError
+from tests.support.processes import forget_after
+from tests.support.same import assert_same_run
 from tests.support.tiny import small_config
 
 CHECKPOINT = Path("run/checkpoint-4")
@@ -32,6 +35,19 @@ def resumed(config, state, rank=0, size=1):
     t.ranks = replace(ALONE, rank=rank, size=size)
     t.load_state_dict(state)
     return t
+
+
+def test_another_optimizer_can_be_resumed(files, monkeypatch):
+    """SGD, whose groups do not have all settings of AdamW's."""
+
+    def sgd(model, lr, weight_decay):
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+
+    monkeypatch.setattr(build, "build_optimizer", sgd)
+    config = small_config(files, output_dir="run", max_steps=6, save_every=3, log_every=1)
+    whole = train(changed(config, output_dir="whole"))
+    forget_after(3, train(config))
+    assert_same_run(whole, train(config, resume=True))
 
 
 def test_each_rank_goes_on_with_its_own_random_state(config, monkeypatch):
