@@ -66,3 +66,14 @@ def test_old_objects_are_apart_only_for_a_while():
         assert gc.get_freeze_count() > 0
         raise ValueError
     assert gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_has_frozen_stays_frozen():
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        with progress.old_objects_apart():
+            pass
+        assert gc.get_freeze_count() == before > 0
+    finally:
+        gc.unfreeze()
